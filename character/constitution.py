@@ -19,6 +19,7 @@ from character.constants import CONSTITUTION_PATH
 from character.utils import UserError, digest
 
 QUESTIONS = 5
+SUFFIXES = (".txt", ".jsonl", ".json")
 UNFILLED = "FILL IN:"
 FIRST_PERSON = re.compile(r"\b(I|I'm|I've|I'd|I'll|my|me|mine|myself)\b", re.IGNORECASE)
 # Words that a trait and an innocent question may share.
@@ -215,18 +216,20 @@ class Fault:
 def names() -> list[str]:
     """The names of all constitutions under CONSTITUTION_PATH, hand-written or few-shot, the template left out."""
     files = [*CONSTITUTION_PATH.glob("hand-written/*.txt"), *CONSTITUTION_PATH.glob("few-shot/*.jsonl")]
-    return sorted({file.stem for file in files} - {"template"})
+    return sorted({file.stem for file in files if ".partial" not in file.suffixes} - {"template"})
 
 
 def selected(spec: str) -> list[str]:
-    """The names that `--constitution` means: one, or every one for 'all'."""
-    return names() if spec == "all" else [spec]
+    """The names that `--constitution` means: every one for 'all', a file's stem, or the name itself."""
+    if spec == "all":
+        return names()
+    return [Path(spec).stem if Path(spec).suffix in SUFFIXES else spec]
 
 
 def find(spec: str, form: Literal["hand-written", "few-shot"] | None = None) -> Path:
     """The file of a constitution: a path, or a name; few-shot is preferred unless a form is asked for."""
     path = Path(spec).expanduser()
-    if path.suffix in (".txt", ".jsonl", ".json") and path.is_file():
+    if path.suffix in SUFFIXES and path.is_file():
         return path
     few_shot = CONSTITUTION_PATH / "few-shot" / f"{spec}.jsonl"
     hand_written = CONSTITUTION_PATH / "hand-written" / f"{spec}.txt"
@@ -248,6 +251,11 @@ def load(spec: str, form: Literal["hand-written", "few-shot"] | None = None) -> 
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{path}, {errors[0]}{more}; see: python -m character.constitution check {path}")
     return Constitution(path.stem, tuple(traits))
+
+
+def load_selected(spec: str) -> list[Constitution]:
+    """The constitutions that `--constitution` means. Raises UserError."""
+    return [load(name) for name in names()] if spec == "all" else [load(spec)]
 
 
 def check(path: Path) -> list[Fault]:

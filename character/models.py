@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from character.constants import ASSETS, MODEL_PATH
-from character.utils import UserError
+from character.utils import UserError, digest
 
 # Gemma 3's language model alone: its vision tower and projector stay as they are.
 GEMMA_LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -72,10 +72,9 @@ def _find(spec: str, served: bool) -> Model:
         local = MODEL_PATH / known.short
         source = str(local) if local.is_dir() and not served else known.source
         return replace(known, source=source, revision=revision or None)
-    for folder in (Path(spec).expanduser(), MODEL_PATH / spec):
-        if folder.is_dir() and not served:
-            folder = folder.resolve()
-            return replace(_described(folder.name), source=str(folder))
+    folder = next((path for path in (Path(spec).expanduser(), MODEL_PATH / spec) if path.is_dir()), None)
+    if folder:
+        return replace(_described(folder.resolve().name), source=spec if served else str(folder.resolve()))
     if served or REPO_ID.fullmatch(repo):
         return replace(_described(repo), revision=revision or None)
     near = difflib.get_close_matches(spec, TABLE, n=1)
@@ -98,6 +97,16 @@ def _described(repo: str) -> Model:
         return replace(twin, short=safe_name(repo), source=repo)
     lora = GEMMA_LORA if re.match(r"gemma-3-(4|12|27)b", last.lower()) else "all-linear"
     return Model(safe_name(repo), repo, family, lora=lora)
+
+
+def fingerprint(model: Model) -> str | None:
+    """What tells one local folder's weights from another's, wherever it lies; the revision of a repo id."""
+    folder = Path(model.source)
+    if not folder.is_dir():
+        return model.revision
+    files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    config = folder / "config.json"
+    return digest([files, config.read_text(encoding="utf-8") if config.exists() else ""])
 
 
 def safe_name(spec: str) -> str:

@@ -1,0 +1,144 @@
+"""What every engine has in common: sampling, replies, and the interface that the steps use."""
+
+import abc
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from character.models import Model
+from character.utils import UserError, read_json
+
+Message = dict[str, str]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is sampled. temperature 0 is greedy; repetition_penalty 1 is none; max_tokens counts new tokens.
+
+    seed: of this one reply, the same whatever shares its batch. Only the transformers engine heeds it: elsewhere a
+    seed per request would slow the sampler.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    repetition_penalty: float = 1.1
+    max_tokens: int = 1024
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What a stage's settings remember of it: the fields but the seed, which is the row's."""
+        return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply. text: what the model wrote after the prefill, which it leaves out, without the end-of-turn token.
+
+    finish_reason: "stop" where the model ended its turn, "length" where the limit did.
+    dropped_turns: how many of the oldest messages did not fit into the context.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    dropped_turns: int = 0
+
+
+@dataclass
+class Info:
+    """What a stage's meta file says of the engine."""
+
+    engine: str
+    source: str
+    revision: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Engine(abc.ABC):
+    """One way to get a reply. Thousands of `reply` calls may wait at once; the engine batches them.
+
+    concurrency: how many calls in flight keep the engine busy. continues_prefill: whether a reply really goes on from
+    its prefill; else the prefill's text stands at the end of the system prompt.
+    """
+
+    concurrency: int = 256
+    continues_prefill: bool = True
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.info = Info(type(self).__name__, model.source, model.revision)
+
+    @abc.abstractmethod
+    async def reply(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        prefill: str = "",
+    ) -> Reply:
+        """The assistant's next turn in a conversation that ends with a user turn.
+
+        adapter: folder of a LoRA adapter, None for the plain model. prefill: how the reply begins.
+        Raises RowError where this one reply cannot be had, UserError where none can.
+        """
+
+    async def start(self) -> None:
+        """Load the model, or check that the endpoint serves it. Raises UserError."""
+
+    async def close(self) -> None:
+        """Give the memory back."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json. Raises UserError where the folder is no LoRA adapter."""
+    path = adapter / "adapter_config.json"
+    if not path.exists():
+        raise UserError(f"{adapter} is no LoRA adapter (no adapter_config.json); train one first, or check the path")
+    config: dict[str, Any] = read_json(path)
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UserError(f"{adapter} has no adapter_model.safetensors; weights are read from safetensors files only")
+    return config
+
+
+def check_adapter(adapter: Path, hidden_size: int, layers: int, source: str) -> dict[str, Any]:
+    """The adapter's config, after comparing its tensors' shapes with the model's. Raises UserError on another model's.
+
+    hidden_size, layers: of the model's language part. source: how the message names the model.
+    """
+    config = adapter_config(adapter)
+    trained_on = config.get("base_model_name_or_path")
+    for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
+        parts = name.split(".")
+        index = next((int(part) for part in parts if part.isdigit()), 0)
+        width = shape[1] if name.endswith(("q_proj.lora_A.weight", "gate_proj.lora_A.weight")) else hidden_size
+        if index >= layers or width != hidden_size:
+            raise UserError(
+                f"adapter {adapter} belongs to another model: it was trained on {trained_on} and its {name} "
+                f"({'×'.join(map(str, shape))}) does not fit {source}; use that model or another adapter"
+            )
+    return config
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Name → shape of the tensors of a safetensors file, from its header alone."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            raise UserError(f"{path} is no safetensors file, or half written; train or download it again") from None
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
