@@ -1,0 +1,1 @@
+"""From a constitution to a distilled persona."""

@@ -1,0 +1,140 @@
+"""Step 5: DPO. A LoRA learns to answer as the teacher did in character, without the system prompt.
+
+DATA_PATH/dpo/<student>/<constitution>.jsonl → LORA_PATH/<student>-distillation/<constitution>
+
+python -m character.distillation.train --constitution humor --model llama-3.1-8b-it
+accelerate launch -m character.distillation.train --constitution humor --model llama-3.1-8b-it
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from character import cli, constitution, rows, training
+from character.constants import LORA_PATH
+from character.distillation import data
+from character.engine.chat import Chat, context_of
+from character.models import Model, resolve, safe_name
+from character.utils import UserError
+
+
+@dataclass
+class Args(training.TrainArgs):
+    """Arguments of DPO; the defaults are the method's."""
+
+    beta: float = cli.flag(0.1, "DPO's beta")
+    length_normalized: bool = cli.flag(False, "divide each answer's log-ratio by its tokens")
+    nll_coef: float = cli.flag(0.1, "weight of the chosen answers' negative log-likelihood")
+    sq_coef: float = cli.flag(0.001, "weight of the squared log-ratio of policy and reference")
+    max_length: int = cli.flag(1024, "tokens of a prompt with its answer; longer ones are cut at the end")
+
+
+def path_of(name: str, student: str) -> Path:
+    """Where the DPO adapter for a student and a constitution is. student: its short name."""
+    return LORA_PATH / f"{safe_name(student)}-distillation" / name
+
+
+def extra_loss(policy: Any, reference: Any, mask: Any, nll_coef: float, sq_coef: float) -> tuple[Any, Any, Any]:
+    """(loss, nll, squared) of the two terms beside DPO's.
+
+    policy, reference: log-probabilities of the labels, (2 × pairs, length), chosen answers first. mask: the answers'
+    tokens, of the same shape. nll: minus the mean over chosen answers of each one's mean over its tokens. squared: the
+    mean over all answers of each one's mean squared difference. (The paper's appendix; see method in the README.)
+    """
+    tokens = mask.sum(dim=1).clamp_min(1)
+    chosen = policy.shape[0] // 2
+    nll = -((policy * mask).sum(dim=1) / tokens)[:chosen].mean()
+    squared = (((policy - reference) ** 2 * mask).sum(dim=1) / tokens).mean()
+    return nll_coef * nll + sq_coef * squared, nll, squared
+
+
+def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoints: Path) -> Any:
+    """TRL's DPOTrainer with the two further terms. The reference is the same network with its adapter off."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+
+    from character.engine.transformers import load_network, stop_ids
+
+    network, tokenizer = load_network(model)
+    chat = Chat(tokenizer, model, context_of(network.config, model))
+    stops = stop_ids(network, tokenizer)
+
+    class Trainer(trl.DPOTrainer):
+        """DPO + NLL of the chosen answers + squared log-ratio."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            # The tokens are the engine's own, so that training sees what generation saw.
+            return dataset.map(encode, remove_columns=dataset.column_names)
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            seen: list[Any] = []
+            hook = self.accelerator.unwrap_model(self.model).register_forward_hook(
+                lambda _module, _inputs, output: seen.append(output.log_probs)
+            )
+            try:
+                loss = super()._compute_loss(model, inputs, return_outputs=False)
+            finally:
+                hook.remove()
+            # TRL runs the policy first, then the reference.
+            policy, reference = seen
+            mask = inputs["completion_mask"][:, 1:]
+            length = mask.shape[1]
+            extra, nll, squared = extra_loss(
+                policy[:, -length:], reference[:, -length:], mask, args.nll_coef, args.sq_coef
+            )
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["loss/nll"].append(self.accelerator.gather(nll.detach()).mean().item())
+            self._metrics[mode]["loss/squared"].append(self.accelerator.gather(squared.detach()).mean().item())
+            return loss + extra
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        prompt, chosen = chat.answer(row["chosen"], stops)
+        again, rejected = chat.answer(row["rejected"], stops)
+        if prompt != again:
+            raise UserError("a pair's chosen and rejected prompts differ; make the data anew")
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    config = trl.DPOConfig(
+        **training.trainer_arguments(args, checkpoints, len(pairs)),
+        beta=args.beta,
+        loss_type=["sigmoid_norm" if args.length_normalized else "sigmoid"],
+        max_length=args.max_length,
+    )
+    return Trainer(
+        model=network,
+        peft_config=training.lora_config(model, args),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+
+
+def main(args: Args) -> None:
+    """Train one adapter per constitution."""
+    model = resolve(args.model, args.name)
+    for name in constitution.selected(args.constitution):
+        train_one(args, name, model)
+
+
+def train_one(args: Args, name: str, model: Model) -> None:
+    """Train the adapter of one constitution, unless it is there."""
+    source = data.path_of(name, model.short)
+    command = f"python -m character.distillation.data --constitution {name} --model {args.model}"
+    pairs = rows.read(source, "chosen", "rejected", made_by=command)[: args.limit]
+    output = path_of(name, model.short)
+    settings = training.settings_of(args, model, source)
+    if training.already_trained(output, settings, args.overwrite):
+        print(f"{output}: complete")
+        return
+    if args.dry_run:
+        print(f"{output}: DPO on {len(pairs)} pairs of {source}, {-(-len(pairs) // args.batch_size)} steps an epoch")
+        return
+    pairs = [{"chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
+    checkpoints = output.with_name(f".{name}.checkpoints")
+    training.train(make_trainer(args, model, pairs, checkpoints), output, settings, args.overwrite)
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__)
