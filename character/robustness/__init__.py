@@ -1,0 +1,1 @@
+"""Does the character hold when it is asked to go?"""

@@ -1,0 +1,1 @@
+"""Which persona does an answer read as?"""

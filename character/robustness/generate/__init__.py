@@ -1,0 +1,1 @@
+"""Answers by each method, plain and under suffixes."""

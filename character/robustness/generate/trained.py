@@ -1,0 +1,59 @@
+"""Robustness, trained methods: the model with an adapter, and 'base', the model without one, both with no system prompt.
+
+evaluation prompts → DATA_PATH/robustness/<student>/<method>/<variant>/<constitution>.jsonl ('none' for base)
+
+python -m character.robustness.generate.trained --constitution humor --model llama-3.1-8b-it --method distilled
+python -m character.robustness.generate.trained --method mine --adapter path/to/adapter
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from character import cli, constitution, steps
+from character.constants import LORA_PATH
+from character.engine.base import adapter_config
+from character.models import Model, safe_name
+from character.robustness.generate import variants
+from character.rows import file_digest
+from character.utils import UserError
+
+FOLDERS = {"distilled": "distillation", "merged": "personas"}
+
+
+@dataclass
+class Args(variants.AnswerArgs):
+    """Arguments of the trained methods."""
+
+    method: str = cli.flag(
+        "distilled", "base, distilled (DPO), merged (DPO + introspection), or your own with --adapter"
+    )
+    adapter: Path | None = cli.flag(None, "folder of a LoRA adapter; default: where the method's training step puts it")
+
+
+def adapter_of(args: Args, name: str, model: Model) -> Path:
+    """The adapter that a method means for a persona. Raises UserError where it is not there."""
+    if args.adapter is None and args.method not in FOLDERS:
+        raise UserError(f"--method {args.method} needs --adapter (known without: base, {', '.join(FOLDERS)})")
+    adapter = args.adapter or LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[args.method]}" / name
+    adapter_config(adapter)
+    return adapter
+
+
+def main(args: Args) -> None:
+    """Answer plain and under every suffix, all personas through one engine."""
+    model = steps.model_of(args, args.model)
+    if args.method == "base":
+        steps.generate(variants.jobs(args, model, "base", "none"), args, model)
+        return
+    jobs: list[steps.Job] = []
+    adapters: list[Path] = []
+    for name in constitution.selected(args.constitution):
+        adapter = adapter_of(args, name, model)
+        adapters.append(adapter)
+        weights = {"adapter": file_digest(adapter / "adapter_model.safetensors")}
+        jobs += variants.jobs(args, model, args.method, name, adapter=adapter, settings=weights)
+    steps.generate(jobs, args, model, adapters)
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__)
