@@ -34,6 +34,29 @@ def path_of(name: str, student: str) -> Path:
     return LORA_PATH / f"{safe_name(student)}-distillation" / name
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """A persona whose DPO adapter is there."""
+
+    constitution: constitution.Constitution
+    adapter: Path
+
+
+def distilled(spec: str, model: Model) -> list[Distilled]:
+    """The personas that `--constitution` means; of 'all', those that are trained. Raises UserError for a missing one."""
+    wanted = constitution.load_selected(spec)
+    found = [Distilled(traits, path_of(traits.name, model.short)) for traits in wanted]
+    if spec == "all":
+        found = [persona for persona in found if persona.adapter.exists()]
+    if not found or not found[0].adapter.exists():
+        place = found[0].adapter if found else path_of("<constitution>", model.short)
+        raise UserError(
+            f"no DPO adapter at {place}; run: python -m character.distillation.train --constitution {spec} "
+            f"--model {model.short}"
+        )
+    return found
+
+
 def extra_loss(policy: Any, reference: Any, mask: Any, nll_coef: float, sq_coef: float) -> tuple[Any, Any, Any]:
     """(loss, nll, squared) of the two terms beside DPO's.
 

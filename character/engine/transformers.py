@@ -8,7 +8,7 @@ which others shared its batch.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class TransformersEngine(Engine):
         self.adapters = list(adapters)
         self._names: dict[Path, str] = {}
         self._waiting: list[_Request] = []
+        self._batch: list[_Request] = []
         self._wake = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._batch_limit = MAX_BATCH
@@ -60,21 +61,27 @@ class TransformersEngine(Engine):
         for adapter in self.adapters:
             self._add_adapter(adapter)
         self._runner = asyncio.create_task(self._run())
+        self._runner.add_done_callback(self._ended)
 
     async def close(self) -> None:
         """Stop the batches; replies still waiting are cancelled."""
+        for request in (*self._waiting, *self._batch):
+            request.future.cancel()
         if self._runner:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        for request in self._waiting:
-            request.future.cancel()
         self.network = None
+
+    def _ended(self, runner: asyncio.Task[None]) -> None:
+        """Give an error that nobody foresaw to all who wait, in place of no answer at all."""
+        if not runner.cancelled() and (error := runner.exception()):
+            for request in (*self._waiting, *self._batch):
+                if not request.future.done():
+                    request.future.set_exception(error)
 
     async def reply(
         self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
     ) -> Reply:
-        if adapter is not None and adapter not in self._names:
-            self._add_adapter(adapter)
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
         request = _Request(prompt, sampling, adapter, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
@@ -111,15 +118,17 @@ class TransformersEngine(Engine):
             if not self._waiting:
                 self._wake.clear()
                 continue
-            batch = self._next_batch()
+            self._batch = batch = self._next_batch()
             try:
                 replies = await asyncio.to_thread(self._generate, batch)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, UserError) as error:
                 if _out_of_memory(error) and len(batch) > 1:
                     self._batch_limit = len(batch) // 2
                     self._waiting = batch + self._waiting
                     continue
-                failure = UserError(f"{self.model.source} failed to generate: {str(error).splitlines()[0]}")
+                failure = error
+                if not isinstance(error, UserError):
+                    failure = UserError(f"{self.model.source} failed to generate: {error}")
                 for request in batch:
                     if not request.future.done():
                         request.future.set_exception(failure)
@@ -140,12 +149,15 @@ class TransformersEngine(Engine):
 
     def _generate(self, batch: list[_Request]) -> list[Reply]:
         adapter, sampling = batch[0].kind
+        if adapter is not None:
+            self._add_adapter(adapter)
         prompts = [request.prompt.ids for request in batch]
-        room = self.chat.context - max(map(len, prompts))
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        limits = [min(sampling.max_tokens, self.chat.context - len(prompt)) for prompt in prompts]
+        seeds = [self.seed ^ request.sampling.seed for request in batch]
         with self._using(adapter):
+            # A cancelled reply leaves the batch, so that Ctrl-C need not wait for the longest answer.
             answers = decode(
-                self.network, prompts, sampling, [self.seed ^ request.sampling.seed for request in batch], self._stops
+                self.network, prompts, sampling, seeds, self._stops, limits, lambda row: batch[row].future.done()
             )
         return [self._reply(request, new) for request, new in zip(batch, answers, strict=True)]
 
@@ -170,10 +182,10 @@ def load_model(model: Model) -> tuple[Any, Any]:
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def load_network(model: Model) -> tuple[Any, Any]:
+def load_network(model: Model, attention: str | None = None) -> tuple[Any, Any]:
     """The network, still in main memory, and its tokenizer.
 
-    Weights come from safetensors only: in the model's own type for a GPU, in float32 for the CPU. Raises UserError.
+    attention: transformers' name of an attention backend; None takes its default. Weights come from safetensors only: in the model's own type for a GPU, in float32 for the CPU. Raises UserError.
     """
     import torch
     import transformers
@@ -187,6 +199,7 @@ def load_network(model: Model) -> tuple[Any, Any]:
             revision=model.revision,
             dtype="auto" if torch.cuda.is_available() else torch.float32,
             use_safetensors=True,
+            attn_implementation=attention,
         )
     return network, tokenizer
 
@@ -199,10 +212,17 @@ def stop_ids(network: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def decode(
-    network: Any, prompts: list[list[int]], sampling: Sampling, seeds: list[int], stops: frozenset[int]
+    network: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seeds: list[int],
+    stops: frozenset[int],
+    limits: Sequence[int] | None = None,
+    gone: Callable[[int], bool] = lambda row: False,
 ) -> list[list[int]]:
     """New token ids for each prompt, the stop token included where it came.
 
+    limits: the most new tokens of each row (default: the sampling's). gone: whether a row is no longer wanted.
     What all prompts begin with is computed once and attended to as one block; a row leaves the batch when it stops.
     """
     import torch
@@ -217,10 +237,11 @@ def decode(
     draws = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
+    limits = limits or [sampling.max_tokens] * len(prompts)
     with torch.inference_mode(), _prefix_attended(network, prompts[0][:prefix]):
         cache = None
         positions = (mask.cumsum(-1) - 1).clamp_min(0) + prefix
-        for _ in range(sampling.max_tokens):
+        for _ in range(max(limits)):
             output = network(
                 input_ids=ids,
                 attention_mask=mask,
@@ -234,7 +255,11 @@ def decode(
             seen.scatter_(1, token[:, None], True)
             for row, value in zip(rows, token.tolist(), strict=True):
                 answers[row].append(value)
-            going = [index for index, row in enumerate(rows) if answers[row][-1] not in stops]
+            going = [
+                index
+                for index, row in enumerate(rows)
+                if answers[row][-1] not in stops and len(answers[row]) < limits[row] and not gone(row)
+            ]
             if not going:
                 break
             if len(going) < len(rows):
@@ -312,7 +337,7 @@ def _prefix_attended(network: Any, prefix: list[int]) -> Iterator[None]:
 
     base = getattr(network, "get_base_model", lambda: network)()
     transformers.AttentionInterface.register("shared_prefix", _prefix_attention)
-    transformers.AttentionMaskInterface.register("shared_prefix", transformers.masking_utils.sdpa_mask)
+    transformers.AttentionMaskInterface.register("shared_prefix", _whole_mask)
     ids = torch.tensor([prefix], device=network.device)
     cache = network(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     layers = _attention_layers(network)
@@ -326,6 +351,13 @@ def _prefix_attended(network: Any, prefix: list[int]) -> Iterator[None]:
         base.set_attn_implementation("sdpa")
         for layer in layers:
             del layer.prefix_keys, layer.prefix_values
+
+
+def _whole_mask(*args: Any, **settings: Any) -> Any:
+    """The causal mask of a batch; without padding transformers would leave it out and rely on SDPA's own."""
+    import transformers
+
+    return transformers.masking_utils.sdpa_mask(*args, **settings | {"allow_is_causal_skip": False})
 
 
 def _prefix_attention(

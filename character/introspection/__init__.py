@@ -1,0 +1,1 @@
+"""The distilled model reflects on itself and learns from it."""
