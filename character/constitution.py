@@ -1,6 +1,7 @@
 """Constitutions: load them, check them, and the numbered list of traits that prompts use.
 
     python -m character.constitution check constitutions/hand-written/humor.txt
+    python -m character.constitution check --quality constitutions/few-shot/*.jsonl
 
 A hand-written constitution is a JSON array of {"trait", "questions": [five]} in a .txt file; a few-shot one is JSONL
 with "additional_questions" besides.
@@ -282,15 +283,14 @@ def _read(path: Path) -> tuple[list[Trait], list[Fault]]:
     for number, (line, entry) in enumerate(entries, 1):
         found = list(_entry_faults(entry, traits))
         faults += [Fault(kind, line, number, text) for kind, text in found]
-        if isinstance(entry, dict):
-            traits.append(_trait(entry))
+        traits.append(_trait(entry) if isinstance(entry, dict) else Trait("", ()))
     return traits, faults
 
 
 def _entries(text: str, lines: bool) -> Iterator[tuple[int, Any]]:
     """(line, entry) of a JSON array, or of JSONL; the line is where the entry starts."""
     if lines:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
@@ -328,23 +328,32 @@ def _entry_faults(entry: Any, earlier: list[Trait]) -> Iterator[tuple[Literal["e
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             yield "error", f"'{key}' is not a list of strings"
     trait = _trait(entry)
-    if "trait" in entry and not trait.trait:
-        yield "error", "the trait is empty"
-    elif trait.trait and any(_key(trait.trait) == _key(other.trait) for other in earlier):
-        twin = next(n for n, other in enumerate(earlier, 1) if _key(trait.trait) == _key(other.trait))
-        yield "error", f"the trait repeats trait {twin}"
-    elif trait.trait and not FIRST_PERSON.search(trait.trait):
-        yield "warning", 'the trait is not in the first person ("I …")'
+    if "trait" in entry:
+        yield from _assertion_faults(entry["trait"], [other.trait for other in earlier])
     if any(text.startswith(UNFILLED) for text in (trait.trait, *trait.questions)):
         yield "error", f"still holds a text that starts with '{UNFILLED}'; write your own in its place"
-    if "questions" in entry and len([question for question in trait.questions if question]) < QUESTIONS:
-        yield "error", f"{len(trait.questions)} questions; write {QUESTIONS}"
+    written = sum(map(bool, trait.questions))
+    if "questions" in entry and written < QUESTIONS:
+        yield "error", f"{written} questions; write {QUESTIONS}"
     yield from _repeats(trait, earlier)
     telling = telling_words(trait.trait)
     for question in trait.questions:
         named = telling & set(re.findall(r"[a-z']+", question.lower()))
         if len(named) >= 2 or (trait.trait and _key(trait.trait) in _key(question)):
             yield "warning", f"a question names the trait ({', '.join(sorted(named))}): '{question[:60]}'"
+
+
+def _assertion_faults(text: Any, earlier: list[str]) -> Iterator[tuple[Literal["error", "warning"], str]]:
+    if not isinstance(text, str):
+        yield "error", "'trait' is not a string"
+        return
+    twin = next((number for number, other in enumerate(earlier, 1) if _key(text) == _key(other)), None)
+    if not text.strip():
+        yield "error", "the trait is empty"
+    elif twin:
+        yield "error", f"the trait repeats trait {twin}"
+    elif not FIRST_PERSON.search(text):
+        yield "warning", 'the trait is not in the first person ("I …")'
 
 
 def _repeats(trait: Trait, earlier: list[Trait]) -> Iterator[tuple[Literal["error", "warning"], str]]:
@@ -376,6 +385,7 @@ class Args:
 
     command: Literal["check"] = cli.flag(MISSING, "check: name every fault of each file", positional=True)
     files: list[Path] = cli.flag(MISSING, "constitution files", positional=True)
+    quality: bool = cli.flag(False, "also measure the messages, as a table")
 
 
 def main(args: Args) -> None:
@@ -393,6 +403,10 @@ def main(args: Args) -> None:
         errors += wrong
     if errors:
         raise UserError(f"{errors} errors in {len(args.files)} files, each named above with its line; mend them")
+    if args.quality:
+        from character import quality
+
+        print(quality.shown(quality.table([load(str(path)) for path in args.files])))
 
 
 if __name__ == "__main__":
