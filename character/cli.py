@@ -1,6 +1,7 @@
 """Command lines from dataclasses: one flag per field, its help beside the field, the same flags in every script."""
 
 import argparse
+import errno
 import os
 import sys
 import types
@@ -113,8 +114,10 @@ def run(main: Callable[[T], None], args_class: type[T], description: str | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if error.filename is None:
+            sys.exit(_fail("the disk is full; free some space and run the same command to go on", 2))
         sys.exit(_fail(f"{error.filename}: {error.strerror}; free the disk or choose another folder in .env", 2))
 
 

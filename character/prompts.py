@@ -62,7 +62,7 @@ def _texts(source: str) -> Iterator[str | None]:
             key = next((key for key in ("prompt", "messages", "conversation", "conversations") if key in row), None)
             if key is None:
                 raise UserError(f"{path}, line {number}: no field 'prompt' or 'messages' (it has: {', '.join(row)})")
-            yield first_user_turn(row[key])
+            yield _message(row[key], f"{path}, line {number}: '{key}'")
         return
     yield from _dataset_texts(source)
 
@@ -76,18 +76,25 @@ def _dataset_texts(source: str) -> Iterator[str | None]:
     try:
         # WildChat is large: rows are read as they come, not downloaded first.
         data = datasets.load_dataset(repo, split=split, streaming=source == "wildchat")
+        names = data.column_names or []
+        column = column or next((c for c in ("prompt", "messages", "conversation", "conversations") if c in names), "")
+        if not column or (names and column not in names):
+            raise UserError(f"dataset {repo} has no column 'prompt' or 'messages' (it has: {', '.join(names)})")
+        for number, row in enumerate(data, 1):
+            yield _message(row[column], f"dataset {repo}, row {number}: '{column}'")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot load the dataset {repo}: {reason}. Check the network; a gated dataset needs its terms accepted "
             "and HF_TOKEN in .env; or use --prompts train"
         ) from None
-    names = data.column_names or []
-    column = column or next((c for c in ("prompt", "messages", "conversation", "conversations") if c in names), "")
-    if column not in names:
-        raise UserError(f"dataset {repo} has no column 'prompt' or 'messages' (it has: {', '.join(names)})")
-    for row in data:
-        yield first_user_turn(row[column])
+
+
+def _message(value: Any, place: str) -> str | None:
+    try:
+        return first_user_turn(value)
+    except (AttributeError, TypeError):
+        raise UserError(f"{place} is neither a text nor a list of turns with texts") from None
 
 
 def load(source: str, limit: int | None = None) -> list[str]:

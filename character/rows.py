@@ -2,25 +2,27 @@
 
     output = Rows(path, inputs, settings)
     if not output.complete:
-        output.fill(work, ...)
+        await output.fill(work, ...)
 
 While a stage runs, finished rows are appended to `<name>.partial.jsonl`. At the end they are put in input order and
 the file becomes `<name>.jsonl` in one rename: a file of that name is whole. `<name>.meta.json` says how it was made.
+A sealed file that is extended stays as it is until the longer one replaces it.
 """
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,20 +80,20 @@ class Rows:
         if not self.inputs:
             raise UserError(f"{path}: no input rows; see the step before this one")
         self.overwrite = overwrite
-        if not overwrite:
-            self._check_settings()
-        done = set() if overwrite else self._finished()
-        self.missing = [key for key in self.inputs if key not in done]
+        self._survey()
 
     @property
     def complete(self) -> bool:
         """Whether the sealed file has every input row."""
-        return not self.missing and self.path.exists()
+        return not self.missing and self.path.exists() and not self.partial.exists()
 
-    def _finished(self) -> set[str]:
-        if self.path.exists():
-            return set(_scan(self.path)) | set(self._dropped())
-        return set(_scan(self.partial))
+    def _survey(self) -> None:
+        """Find out which rows are missing."""
+        done: set[str] = set()
+        if not self.overwrite:
+            self._check_settings()
+            done = {*_scan(self.path), *_scan(self.partial), *self._dropped()}
+        self.missing = [key for key in self.inputs if key not in done]
 
     def _dropped(self) -> dict[str, str]:
         """id → reason of the rows that a sealed file leaves out."""
@@ -105,7 +107,7 @@ class Rows:
     def _check_settings(self) -> None:
         if self.meta_path.exists():
             check_settings(self.path, read_json(self.meta_path)["settings"], self.settings)
-        elif self.path.exists() or self.partial.exists():
+        elif self.path.exists() or (self.partial.exists() and self.partial.stat().st_size):
             raise UserError(f"{self.path} is there without {self.meta_path.name}; move it away or use --overwrite")
 
     async def fill(
@@ -124,6 +126,8 @@ class Rows:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened() as file:
             started = time.time()
+            # Another process may have been at work since this object was made.
+            self._survey()
             self._write_meta({"sealed": False, "info": dict(info())})
             if self.missing:
                 failures = await self._work(file, work, concurrency)
@@ -133,31 +137,29 @@ class Rows:
                         f"{self.path}: {len(failures)} of {len(self.inputs)} rows failed: {shown}. "
                         "The others are kept; run the same command to try these again"
                     )
-            self._seal(file, dict(info()), time.time() - started)
+            self._seal(dict(info()), time.time() - started)
 
-    def _opened(self) -> BinaryIO:
-        """The partial file, locked, without a half-written last line, holding what a sealed shorter file had."""
-        file = open(self.partial, "r+b" if self.partial.exists() else "w+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    def _opened(self) -> FileIO:
+        """The partial file, locked, without a half-written last line."""
+        while True:
+            # Unbuffered, so that a write that fails is not tried again when the file is closed.
+            file = open(self.partial, "a+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from None
+            if os.fstat(file.fileno()).st_nlink:
+                break
+            # The process that had the lock has just sealed the file and removed this one.
             file.close()
-            raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from None
         if self.overwrite:
             self.path.unlink(missing_ok=True)
             file.truncate(0)
-        elif self.path.exists():
-            file.truncate(0)
-            with open(self.path, "rb") as sealed:
-                shutil.copyfileobj(sealed, file)
-            for key, reason in self._dropped().items():
-                self._append(file, {"id": key, "dropped": reason})
-        file.seek(0, os.SEEK_END)
         file.truncate(_end_of_last_line(file))
-        file.seek(0, os.SEEK_END)
         return file
 
-    async def _work(self, file: BinaryIO, work: Callable[[Row], Awaitable[Row]], concurrency: int) -> list[str]:
+    async def _work(self, file: FileIO, work: Callable[[Row], Awaitable[Row]], concurrency: int) -> list[str]:
         todo = iter(self.missing)
         failures: list[str] = []
         tokens = 0
@@ -191,38 +193,52 @@ class Rows:
                 raise errors.exceptions[0] from None
         return failures
 
-    def _append(self, file: BinaryIO, row: Row) -> None:
+    def _append(self, file: FileIO, row: Row) -> None:
+        # Half a surrogate pair, which an endpoint's JSON may hold, has no UTF-8.
+        line = json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+        start = file.seek(0, os.SEEK_END)
         try:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
         except OSError as error:
+            file.truncate(start)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"the disk is full: {self.partial}; finished rows are kept, free some space and run again"
                 ) from None
             raise UserError(f"cannot write {self.partial}: {error.strerror}") from None
 
-    def _seal(self, file: BinaryIO, info: Row, seconds: float) -> None:
+    def _seal(self, info: Row, seconds: float) -> None:
         """Copy the rows in input order to the final name; rows that are not among the inputs go last, in file order."""
-        offsets = _scan(self.partial)
-        dropped: dict[str, str] = {}
+        dropped = self._dropped()
         tokens: Counter[str] = Counter()
-        with replacing(self.path) as temporary, open(temporary, "wb") as target:
-            for key in (*self.inputs, *(key for key in offsets if key not in self.inputs)):
-                offset, is_dropped = offsets[key]
-                file.seek(offset)
-                line = file.readline()
-                row = json.loads(line)
-                if is_dropped:
-                    dropped[key] = row["dropped"]
-                    continue
-                target.write(line)
-                tokens.update({name: row[name] for name in ("prompt_tokens", "completion_tokens") if name in row})
-        reasons = Counter(dropped.values())
-        kept = len(offsets) - len(dropped)
-        counts = {"in": len(offsets), "kept": kept, "dropped": dict(reasons)}
-        state = {"sealed": True, "info": info, "rows": counts, "tokens": dict(tokens), "seconds": seconds}
-        self._write_meta(state | {"dropped": dropped})
+        kept = 0
+        with replacing(self.path) as temporary:
+            with contextlib.ExitStack() as stack, open(temporary, "wb") as target:
+                places: dict[str, tuple[BinaryIO, int, bool]] = {}
+                for path in (self.path, self.partial):
+                    if path.exists():
+                        file: BinaryIO = stack.enter_context(open(path, "rb"))
+                        places |= {key: (file, *place) for key, place in _scan(path).items()}
+                for key in (*self.inputs, *(key for key in places if key not in self.inputs)):
+                    if key in dropped:
+                        continue
+                    file, offset, is_dropped = places[key]
+                    file.seek(offset)
+                    line = file.readline()
+                    row = json.loads(line)
+                    if is_dropped:
+                        dropped[key] = row["dropped"]
+                        continue
+                    target.write(line)
+                    kept += 1
+                    tokens.update({name: row[name] for name in ("prompt_tokens", "completion_tokens") if name in row})
+            reasons = Counter(dropped.values())
+            counts = {"in": kept + len(dropped), "kept": kept, "dropped": dict(reasons)}
+            state = {"sealed": True, "info": info, "rows": counts, "tokens": dict(tokens), "seconds": seconds}
+            # Before the rename, so that a sealed file's dropped rows are always on record.
+            self._write_meta(state | {"dropped": dropped})
         self.partial.unlink()
         print(f"{self.path}: {kept} rows" + "".join(f", {count} dropped ({why})" for why, count in reasons.items()))
 
@@ -259,7 +275,7 @@ def check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-def _end_of_last_line(file: BinaryIO) -> int:
+def _end_of_last_line(file: FileIO) -> int:
     """The offset after the last newline, read backwards in blocks."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:

@@ -1,9 +1,10 @@
-"""The whole job for one persona: data → DPO → evaluation, each step a process of its own, complete ones skipped.
+"""The whole job for one persona: data → DPO → introspection → SFT → merge → evaluation.
 
-    python -m character.run --constitution humor
-    python -m character.run --constitution humor --model llama-3.1-8b-it --teacher glm-4.5-air --preset paper
+python -m character.run --constitution humor
+python -m character.run --constitution humor --model llama-3.1-8b-it --teacher glm-4.5-air --preset paper
 
-With no model named it takes the bundled one, on the CPU. It stops at the first failure; run it again to go on.
+Each step is a process of its own; complete ones are skipped. It stops at the first failure; run it again to go on.
+With no model named it takes the bundled one, on the CPU.
 """
 
 import subprocess
@@ -13,19 +14,38 @@ from dataclasses import dataclass
 from typing import Literal
 
 from character import cli, constitution, rows
-from character.constants import ROOT
+from character.constants import LORA_PATH, ROOT
 from character.distillation import teacher, train
 from character.models import resolve
 from character.robustness.classify import run_classifier
 from character.robustness.generate import variants
 
-# Sizes. paper: the steps' own defaults. A small model learns from few pairs only with large steps.
+# Sizes; None is the step's own default. paper is the method's; quick is for a look at the bundled model's.
 SIZES: dict[str, dict[str, int | None]] = {
-    "quick": {"messages": 240, "samples": 1, "judged": 60, "per_class": 60, "max_tokens": 160},
-    "paper": {"messages": None, "samples": 5, "judged": 500, "per_class": 500, "max_tokens": None},
+    "quick": {
+        "messages": 240,
+        "samples": 1,
+        "reflections": 6,
+        "conversations": 24,
+        "turns": 4,
+        "judged": 40,
+        "per_class": 40,
+        "max_tokens": 160,
+    },
+    "paper": {
+        "messages": None,
+        "samples": 5,
+        "reflections": 1000,
+        "conversations": 1000,
+        "turns": 10,
+        "judged": 500,
+        "per_class": 500,
+        "max_tokens": None,
+    },
 }
-POCKET_TRAINING = ["--rank", "32", "--alpha", "64", "--learning-rate", "1e-3", "--batch-size", "8"]
-POCKET_TRAINING += ["--micro-batch-size", "8"]
+# A model of a few million parameters learns from few rows only with large steps.
+POCKET_DPO = {"rank": 32, "alpha": 64, "learning-rate": 1e-3, "batch-size": 8, "micro-batch-size": 8}
+POCKET_SFT = POCKET_DPO | {"learning-rate": 5e-4}
 SAMPLES_SHOWN = 3
 
 
@@ -36,10 +56,13 @@ class Args:
     constitution: str = cli.flag("humor", "the constitution's name or file")
     model: str = cli.flag("pocket", "the student: short name, repo id or folder")
     teacher: str | None = cli.flag(None, "the teacher (default: the student itself, with the constitution)")
+    name: str | None = cli.flag(None, "the student's family name, where it cannot be read off the model's id")
     engine: cli.EngineName = cli.flag("auto", "auto: vllm where a GPU and vLLM are present, else transformers")
     base_url: str | None = cli.flag(None, "an OpenAI-compatible endpoint for the teacher")
+    api_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
     preset: Literal["quick", "paper"] = cli.flag("quick", "sizes: quick (minutes on the bundled model) or paper")
     limit: int | None = cli.flag(None, "teacher messages, in place of the preset's number")
+    introspection: bool = cli.flag(True, "reflections, conversations, SFT and the merged adapter")
     seed: int = cli.flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = cli.flag(False, "start every step anew")
     dry_run: bool = cli.flag(False, "print the steps with what each would do; load no model")
@@ -55,6 +78,8 @@ class Step:
     @property
     def command(self) -> list[str]:
         """What to run."""
+        if self.module == "merge_loras":
+            return [sys.executable, str(ROOT / "tools" / "merge_loras.py"), *self.flags]
         return [sys.executable, "-m", f"character.{self.module}", *self.flags]
 
 
@@ -62,60 +87,82 @@ def plan(args: Args) -> list[Step]:
     """The steps in order."""
     size = SIZES[args.preset]
     guide = args.teacher or args.model
-    messages = args.limit or size["messages"]
-    limit = ["--limit", str(messages)] if messages else []
-    tokens = ["--max-tokens", str(size["max_tokens"])] if size["max_tokens"] else []
-    judged = ["--limit", str(size["judged"]), *tokens]
-    engine = ["--engine", args.engine] if args.engine != "auto" else []
-    endpoint = ["--base-url", args.base_url] if args.base_url else engine
-    per_class = ["--per-class", str(size["per_class"])]
-    one = ["--constitution", args.constitution]
-    everyone = ["--constitution", "all", "--limit", str(size["per_class"])]
-    seed = ["--seed", str(args.seed)]
-    again = ["--overwrite"] if args.overwrite else []
-    dry = ["--dry-run"] if args.dry_run else []
-    common = [*seed, *again, *dry]
-    pair = ["--teacher", guide, "--model", args.model]
-    answers = ["--samples", str(size["samples"]), *tokens]
-    pocket = POCKET_TRAINING if resolve(args.model).short == "pocket" else []
+    pocket = resolve(args.model).short == "pocket"
+    one = _flags(constitution=args.constitution)
+    student = _flags(model=args.model, name=args.name)
+    pair = [*student, *_flags(teacher=guide)]
+    dry = _flags(dry_run=args.dry_run)
+    common = [*_flags(seed=args.seed, overwrite=args.overwrite), *dry]
+    local = _flags(engine=None if args.engine == "auto" else args.engine)
+    remote = _flags(base_url=args.base_url, api_key_variable=args.api_key_variable) if args.base_url else local
+    tokens = _flags(max_tokens=size["max_tokens"])
+    of_teacher = [*_flags(teacher=guide, samples=size["samples"]), *tokens, *remote]
+    by_student = [*student, *tokens, *local, *common]
+    judged = _flags(limit=size["judged"])
+
+    dpo = _flags(**POCKET_DPO) if pocket else []
     steps = [
-        Step("distillation.teacher", [*one, "--teacher", guide, *limit, *answers, *endpoint, *common]),
-        Step("distillation.student", [*one, *pair, *tokens, *engine, *common]),
-        Step("distillation.data", [*one, *pair, *seed, *dry]),
-        Step("distillation.train", [*one, "--model", args.model, *pocket, *common]),
-        # The other personas' answers, by which the classifier tells this one from them.
-        Step(
-            "distillation.teacher",
-            [*everyone, "--teacher", guide, *answers, *endpoint, *seed, *dry],
-        ),
-        Step("robustness.generate.prompted", [*one, "--model", args.model, *judged, *engine, *common]),
+        Step("distillation.teacher", [*one, *_flags(limit=args.limit or size["messages"]), *of_teacher, *common]),
+        Step("distillation.student", [*one, *_flags(teacher=guide), *by_student]),
+        Step("distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry]),
+        Step("distillation.train", [*one, *student, *dpo, *common]),
     ]
-    for method in ("base", "distilled"):
-        flags = [*one, "--model", args.model, "--method", method, *judged, *engine, *common]
-        steps.append(Step("robustness.generate.trained", flags))
-    return [*steps, Step("robustness.classify.run_classifier", [*one, *pair, *per_class])]
+    methods = ["base", "distilled"]
+    if args.introspection:
+        methods += ["merged", "sequential"]
+        sft = _flags(**POCKET_SFT) if pocket else []
+        talk = _flags(samples=size["conversations"], turns=size["turns"])
+        merge = ["merge", *one, *_flags(model=args.model, overwrite=True)]
+        steps += [
+            Step("introspection.self_reflection", [*one, *_flags(samples=size["reflections"]), *by_student]),
+            Step("introspection.self_interaction", [*one, *talk, *by_student]),
+            Step("introspection.self_interaction", ["--leading", *one, *talk, *by_student]),
+            Step("introspection.data", [*one, *student, *_flags(seed=args.seed), *dry]),
+            Step("introspection.train", [*one, *student, *sft, *common]),
+            Step("merge_loras", merge),
+            Step("merge_loras", [*merge, "--sequential"]),
+        ]
+    # The other personas' answers, by which the classifier tells this one from them.
+    everyone = _flags(constitution="all", limit=size["per_class"], seed=args.seed)
+    steps.append(Step("distillation.teacher", [*everyone, *of_teacher, *dry]))
+    steps.append(Step("robustness.generate.prompted", [*one, *judged, *by_student]))
+    for method in methods:
+        steps.append(Step("robustness.generate.trained", [*one, *_flags(method=method), *judged, *by_student]))
+    classes = _flags(model=args.model, teacher=guide, per_class=size["per_class"])
+    return [*steps, Step("robustness.classify.run_classifier", [*one, *classes])]
+
+
+def _flags(**values: object) -> list[str]:
+    """Flags of a command line; None and False are left out, True stands alone."""
+    found: list[str] = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            found.append("--" + name.replace("_", "-"))
+            if value is not True:
+                found.append(str(value))
+    return found
 
 
 def run_steps(steps: list[Step], dry_run: bool) -> None:
     """Run the steps; exit with a failed one's code, its own message being the last line."""
     for number, step in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] {' '.join(['python', *step.command[1:]])}", flush=True)
-        if dry_run and step.module.endswith("run_classifier"):
+        shown = " ".join(["python", *step.command[1:]]).replace(f"{ROOT}/", "")
+        print(f"\n[{number}/{len(steps)}] {shown}", flush=True)
+        if dry_run and not any(flag == "--dry-run" for flag in step.flags):
             continue
         begun = time.time()
         code = subprocess.run(step.command, check=False).returncode
-        if dry_run:
-            continue
-        if code:
+        if code and not dry_run:
             sys.exit(code if code > 0 else 128 - code)
-        print(f"    {time.time() - begun:.1f} s", flush=True)
+        if not dry_run:
+            print(f"    {time.time() - begun:.1f} s", flush=True)
 
 
-def show_samples(student: str, name: str) -> None:
+def show_samples(student: str, name: str, method: str) -> None:
     """Print messages with the base's and the trained model's answers side by side."""
     answers = [
-        rows.read(variants.path_of(student, method, variants.PLAIN, of), "prompt", "response", made_by="trained.py")
-        for method, of in (("base", "none"), ("distilled", name))
+        rows.read(variants.path_of(student, made, variants.PLAIN, of), "prompt", "response", made_by="trained.py")
+        for made, of in (("base", "none"), (method, name))
     ]
     for base, trained in list(zip(*answers, strict=True))[:SAMPLES_SHOWN]:
         print(f"\nuser     {base['prompt']}\nbase     {base['response']}\ntrained  {trained['response']}")
@@ -129,11 +176,13 @@ def main(args: Args) -> None:
     run_steps(plan(args), args.dry_run)
     if args.dry_run:
         return
-    show_samples(student, name)
+    show_samples(student, name, "merged" if args.introspection else "distilled")
     guide = resolve(args.teacher or args.model, served=True).short
-    print(f"\nadapter  {_short(train.path_of(name, student))}")
+    adapter = LORA_PATH / f"{student}-personas" / name if args.introspection else train.path_of(name, student)
+    print(f"\nadapter  {_short(adapter)}")
     print(f"answers  {_short(teacher.path_of(name, guide))}")
     print(f"results  {_short(run_classifier.results_path(student, name))}")
+    print(f"chat     python tools/interactive_it.py --model {args.model} --adapter {_short(adapter)}")
     print(f"{time.time() - begun:.0f} s in all")
 
 

@@ -10,6 +10,7 @@ from character import cli
 from character.engine import Engine, Sampling, choose, open_engine
 from character.models import Model, fingerprint, resolve
 from character.rows import Row, Rows
+from character.utils import UserError
 
 # A rough rule for a dry run, which loads no tokenizer: characters of English per token.
 CHARACTERS_PER_TOKEN = 4
@@ -40,7 +41,12 @@ def model_of(args: cli.EngineArgs, spec: str) -> Model:
 
 
 def sampling_of(args: cli.EngineArgs, max_tokens: int) -> Sampling:
-    """The sampling that the flags ask for."""
+    """The sampling that the flags ask for. Raises UserError where one is out of range."""
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.repetition_penalty <= 0 or max_tokens < 1:
+        raise UserError(
+            "a sampling flag is out of range: --temperature is 0 or more, --top-p above 0 and at most 1, "
+            "--repetition-penalty above 0, --max-tokens 1 or more"
+        )
     return Sampling(args.temperature, args.top_p, args.repetition_penalty, max_tokens)
 
 

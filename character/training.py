@@ -1,10 +1,11 @@
 """What both training steps share: settings, the LoRA on the student, the Trainer's arguments, and what is kept of a run."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,7 @@ def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, 
         "dataloader_pin_memory": cuda,
         "seed": args.seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": max(1, steps // 5),
         "save_total_limit": 1,
@@ -112,7 +114,27 @@ def train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: bo
     """Run a Trainer, from its last checkpoint where there is one of the same settings, and put its adapter at `output`.
 
     The folder is complete or not there: adapter, settings and versions (training.json), metrics.jsonl and loss.png.
+    Raises UserError.
     """
+    with _room_on_disk(output.parent):
+        _train(trainer, output, settings, overwrite)
+
+
+@contextlib.contextmanager
+def _room_on_disk(folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise on a full disk, each in its own way, into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # The second is torch's, whose message otherwise depends on how far it came.
+        if not any(sign in str(error) for sign in ("No space left", "enforce fail at inline_container")):
+            raise
+        raise UserError(f"the disk is full: {folder}; free some space and run the same command to go on") from None
+
+
+def _train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     import torch
     import transformers
 
@@ -150,15 +172,14 @@ def train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: bo
 
 def _resumable(checkpoints: Path, settings: Mapping[str, Any], overwrite: bool) -> Path | None:
     """The last whole checkpoint of a run with these settings; those of another run are cleared by --overwrite only."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     if overwrite and is_main():
         shutil.rmtree(checkpoints, ignore_errors=True)
-    if not (checkpoints / META).exists():
+    # A checkpoint's trainer_state.json is written last.
+    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    if not whole or not (checkpoints / META).exists():
         return None
     rows.check_settings(checkpoints, read_json(checkpoints / META), settings)
-    last = get_last_checkpoint(str(checkpoints))
-    return Path(last) if last and (Path(last) / "trainer_state.json").exists() else None
+    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def _watch() -> Any:

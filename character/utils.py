@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,10 @@ def digest(value: Any, length: int = 16) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it, durably, when the block ends without an error."""
+    """Yield a temporary path beside `path` that replaces it, durably, when the block ends without an error.
+
+    Raises UserError where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,8 +40,37 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends without an error; until then an old one stays.
+
+    Raises UserError where `path` exists and is not to be overwritten.
+    """
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        # A kill between the two renames below leaves the old folder under this name.
+        old.rename(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; use --overwrite, or choose another folder")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,6 +85,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; mend or delete the file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend or delete the file") from None
 
@@ -67,20 +102,27 @@ def read_jsonl(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} does not exist") from None
     number = 0
     with file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                hint = "the line is half written; delete it" if not line.endswith("\n") else "mend or delete the line"
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}); {hint}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            for field in fields:
-                if field not in row:
-                    raise UserError(f"{path}, line {number}: no field '{field}' (it has: {', '.join(row)})")
-            yield row
+        try:
+            for number, line in enumerate(file, 1):
+                yield _row(path, number, line, fields)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, after line {number}: not UTF-8; save the file as UTF-8") from None
     if number == 0:
         raise UserError(f"{path} is empty")
+
+
+def _row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = "the line is half written; delete it" if not line.endswith("\n") else "mend or delete the line"
+        raise UserError(f"{path}, line {number}: not JSON ({error.msg}); {hint}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+    for field in fields:
+        if field not in row:
+            raise UserError(f"{path}, line {number}: no field '{field}' (it has: {', '.join(row)})")
+    return row
 
 
 def git_commit() -> str | None:

@@ -41,7 +41,12 @@ def path_of(name: str, student_name: str) -> Path:
 
 
 def renamed(text: str, old: str, new: str) -> str:
-    """`text` with the name `old` replaced by `new` where it stands as a whole word, whatever its case."""
+    """`text` with the name `old` replaced by `new` where it stands as a whole word, whatever its case.
+
+    Equal names leave it alone: a teacher of the student's own family may write of llamas and pockets.
+    """
+    if old == new:
+        return text
     return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: new, text, flags=re.IGNORECASE)
 
 

@@ -2,6 +2,7 @@
 
 import abc
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -84,6 +85,14 @@ class Engine(abc.ABC):
         adapter: folder of a LoRA adapter, None for the plain model. prefill: how the reply begins.
         Raises RowError where this one reply cannot be had, UserError where none can.
         """
+
+    async def stream(
+        self, messages: list[Message], sampling: Sampling, show: Callable[[str], None], adapter: Path | None = None
+    ) -> Reply:
+        """`reply`, its text given to `show` piece by piece as it is written; an engine without pieces gives it whole."""
+        reply = await self.reply(messages, sampling, adapter)
+        show(reply.text)
+        return reply
 
     async def start(self) -> None:
         """Load the model, or check that the endpoint serves it. Raises UserError."""

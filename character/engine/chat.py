@@ -1,7 +1,7 @@
 """From messages to token ids, once for every engine and trainer: one BOS, prefills, and what fits the context."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,26 @@ class Chat:
                     "limit, or use a model with a larger context"
                 )
             dropped = following
+
+
+class Pieces:
+    """A text that grows: `show` gets each further piece once, in whole characters."""
+
+    def __init__(self, show: Callable[[str], None]):
+        self.show = show
+        self.shown = ""
+
+    def update(self, text: str) -> None:
+        """Take the text so far."""
+        # Half a character reads as U+FFFD until its other bytes come.
+        if not text.endswith("\ufffd"):
+            self.finish(text)
+
+    def finish(self, text: str) -> None:
+        """Take the whole text."""
+        if len(text) > len(self.shown) and text.startswith(self.shown):
+            self.show(text[len(self.shown) :])
+            self.shown = text
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

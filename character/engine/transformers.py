@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from character.engine.base import Engine, Message, Reply, Sampling, check_adapter
-from character.engine.chat import Chat, Encoded, common_prefix, context_of, loading
+from character.engine.chat import Chat, Encoded, Pieces, common_prefix, context_of, loading
 from character.models import Model
 from character.utils import UserError
 
 # A prefix shorter than this is not worth a pass of its own.
 MIN_SHARED = 32
+# From this many requests with a common prefix on, they make a batch of their own.
+MIN_SHARING = 4
 MAX_BATCH = 128
 
 
@@ -29,6 +31,8 @@ class _Request:
     sampling: Sampling
     adapter: Path | None
     future: asyncio.Future[Reply]
+    # Told, in the thread that generates, of the new token ids so far.
+    heard: Callable[[list[int]], None] | None = None
 
     @property
     def kind(self) -> tuple[Path | None, Sampling]:
@@ -83,7 +87,23 @@ class TransformersEngine(Engine):
         self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
     ) -> Reply:
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
-        request = _Request(prompt, sampling, adapter, asyncio.get_running_loop().create_future())
+        return await self._asked(_Request(prompt, sampling, adapter, asyncio.get_running_loop().create_future()))
+
+    async def stream(
+        self, messages: list[Message], sampling: Sampling, show: Callable[[str], None], adapter: Path | None = None
+    ) -> Reply:
+        loop = asyncio.get_running_loop()
+        pieces = Pieces(show)
+
+        def heard(new: list[int]) -> None:
+            loop.call_soon_threadsafe(pieces.update, self._text(new))
+
+        prompt = self.chat.encode(messages, max_tokens=sampling.max_tokens)
+        reply = await self._asked(_Request(prompt, sampling, adapter, loop.create_future(), heard))
+        pieces.finish(reply.text)
+        return reply
+
+    async def _asked(self, request: _Request) -> Reply:
         self._waiting.append(request)
         self._wake.set()
         return await request.future
@@ -138,10 +158,14 @@ class TransformersEngine(Engine):
                     request.future.set_result(reply)
 
     def _next_batch(self) -> list[_Request]:
-        """The waiting requests of the oldest one's kind, those nearest to it in length first."""
+        """Waiting requests of the oldest one's kind: those that share most of its prompt, if several do, else any."""
         oldest = self._waiting[0]
         alike = [request for request in self._waiting if request.kind == oldest.kind]
-        alike.sort(key=lambda request: (request is not oldest, -common_prefix(request.prompt.ids, oldest.prompt.ids)))
+        common = [common_prefix(request.prompt.ids, oldest.prompt.ids) for request in alike]
+        needed = max(MIN_SHARED, len(oldest.prompt.ids) // 2)
+        sharing = [request for request, length in zip(alike, common, strict=True) if length >= needed]
+        if len(sharing) >= MIN_SHARING:
+            alike = sharing
         batch = alike[: self._batch_limit]
         chosen = {id(request) for request in batch}
         self._waiting = [request for request in self._waiting if id(request) not in chosen]
@@ -154,11 +178,16 @@ class TransformersEngine(Engine):
         prompts = [request.prompt.ids for request in batch]
         limits = [min(sampling.max_tokens, self.chat.context - len(prompt)) for prompt in prompts]
         seeds = [self.seed ^ request.sampling.seed for request in batch]
-        with self._using(adapter):
+
+        def goes_on(row: int, new: list[int]) -> bool:
+            request = batch[row]
+            if request.heard:
+                request.heard(new)
             # A cancelled reply leaves the batch, so that Ctrl-C need not wait for the longest answer.
-            answers = decode(
-                self.network, prompts, sampling, seeds, self._stops, limits, lambda row: batch[row].future.done()
-            )
+            return not request.future.done()
+
+        with self._using(adapter):
+            answers = decode(self.network, prompts, sampling, seeds, self._stops, limits, goes_on)
         return [self._reply(request, new) for request, new in zip(batch, answers, strict=True)]
 
     def _using(self, adapter: Path | None) -> Any:
@@ -169,9 +198,14 @@ class TransformersEngine(Engine):
 
     def _reply(self, request: _Request, new: list[int]) -> Reply:
         stopped = bool(new) and new[-1] in self._stops
-        text = self.chat.tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True)
         dropped = request.prompt.dropped_turns
-        return Reply(text, "stop" if stopped else "length", len(request.prompt.ids), len(new), dropped)
+        return Reply(self._text(new), "stop" if stopped else "length", len(request.prompt.ids), len(new), dropped)
+
+    def _text(self, new: list[int]) -> str:
+        """New tokens as text, without the one that ends the turn."""
+        kept = new[:-1] if new and new[-1] in self._stops else new
+        text: str = self.chat.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
 
 
 def load_model(model: Model) -> tuple[Any, Any]:
@@ -218,11 +252,12 @@ def decode(
     seeds: list[int],
     stops: frozenset[int],
     limits: Sequence[int] | None = None,
-    gone: Callable[[int], bool] = lambda row: False,
+    goes_on: Callable[[int, list[int]], bool] = lambda row, new: True,
 ) -> list[list[int]]:
     """New token ids for each prompt, the stop token included where it came.
 
-    limits: the most new tokens of each row (default: the sampling's). gone: whether a row is no longer wanted.
+    limits: the most new tokens of each row (default: the sampling's). goes_on: told a row and its new tokens so far
+    after each one, says whether the row is still wanted.
     What all prompts begin with is computed once and attended to as one block; a row leaves the batch when it stops.
     """
     import torch
@@ -258,7 +293,7 @@ def decode(
             going = [
                 index
                 for index, row in enumerate(rows)
-                if answers[row][-1] not in stops and len(answers[row]) < limits[row] and not gone(row)
+                if goes_on(row, answers[row]) and answers[row][-1] not in stops and len(answers[row]) < limits[row]
             ]
             if not going:
                 break

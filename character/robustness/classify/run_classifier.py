@@ -23,7 +23,8 @@ METHODS = {
     "base": "base",
     "prompted": "base + system prompt",
     "distilled": "DPO",
-    "merged": "DPO + introspection",
+    "merged": "DPO + introspection, 1.0/0.25",
+    "sequential": "DPO + introspection, sequential",
 }
 Z95 = 1.959964
 

@@ -17,7 +17,7 @@ from character.robustness.generate import variants
 from character.rows import file_digest
 from character.utils import UserError
 
-FOLDERS = {"distilled": "distillation", "merged": "personas"}
+FOLDERS = {"distilled": "distillation", "merged": "personas", "sequential": "sequential"}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Args(variants.AnswerArgs):
     """Arguments of the trained methods."""
 
     method: str = cli.flag(
-        "distilled", "base, distilled (DPO), merged (DPO + introspection), or your own with --adapter"
+        "distilled", "base, distilled (DPO), merged, sequential (DPO + introspection), or yours with --adapter"
     )
     adapter: Path | None = cli.flag(None, "folder of a LoRA adapter; default: where the method's training step puts it")
 

