@@ -81,7 +81,7 @@ def answer_of(text: str, model: Model, prefilled: bool) -> str:
     """
     if model.reasoning is None:
         return text.strip()
-    trace, closed, answer = text.rpartition(model.reasoning.close)
+    _, closed, answer = text.rpartition(model.reasoning.close)
     if not closed and (prefilled or model.reasoning.open in text):
         raise Drop("reasoning never closed")
     return (answer if closed else text).strip()

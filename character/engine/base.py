@@ -143,11 +143,23 @@ def check_adapter(adapter: Path, hidden_size: int, layers: int, source: str) -> 
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Name → shape of the tensors of a safetensors file, from its header alone."""
+    """Name → shape of the tensors of a safetensors file, from its header alone. Raises UserError."""
+    return {name: entry["shape"] for name, entry in safetensors_header(path)[0].items()}
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(name → {dtype, shape, data_offsets}, the byte where the tensors' data begins) of a safetensors file.
+
+    Raises UserError where it is none (as a Git LFS pointer is) or was cut off.
+    """
+    whole = path.stat().st_size
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        begin = 8 + int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(size))
+            header: dict[str, Any] = json.loads(file.read(begin - 8 if begin <= whole else 0))
         except ValueError:
             raise UserError(f"{path} is no safetensors file, or half written; train or download it again") from None
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    if whole != begin + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+        raise UserError(f"{path} is cut off; train or download it again")
+    return header, begin

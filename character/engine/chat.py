@@ -67,6 +67,11 @@ class Chat:
             return [bos, *ids]
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """New tokens as text. Special ones are left out, but for a model that reasons: its trace's marks may be such."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=self.model.reasoning is None)
+        return text
+
     def answer(self, conversation: Sequence[Message], stops: frozenset[int]) -> tuple[list[int], list[int]]:
         """(prompt ids, answer ids) of a conversation that ends with the assistant, as trained on.
 

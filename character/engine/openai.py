@@ -622,9 +622,7 @@ class OpenAIEngine(Engine):
             body = error.body
             if isinstance(body, dict) and isinstance(body.get("message"), str):
                 body = body["message"]
-            # A 401 often quotes the key.
-            said = "" if error.status_code == 401 or not body else f": {_flat(body)}"
-            text = f"HTTP {error.status_code}{said}"
+            text = f"HTTP {error.status_code}" + (f": {_flat(body)}" if body else "")
         elif isinstance(error, APITimeoutError):
             text = "timed out"
         elif isinstance(error, APIConnectionError):

@@ -204,8 +204,7 @@ class TransformersEngine(Engine):
     def _text(self, new: list[int]) -> str:
         """New tokens as text, without the one that ends the turn."""
         kept = new[:-1] if new and new[-1] in self._stops else new
-        text: str = self.chat.tokenizer.decode(kept, skip_special_tokens=True)
-        return text
+        return self.chat.decode(kept)
 
 
 def load_model(model: Model) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from character.engine.base import Engine, Message, Reply, Sampling, check_adapter
-from character.engine.chat import Chat, Pieces, loading
+from character.engine.chat import Chat, Pieces, context_of, loading
 from character.models import Model
 from character.rows import RowError
 from character.utils import UserError, versions
@@ -38,6 +38,9 @@ CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "TORCH_COMPILE_DISABLE": "1"}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 ERROR = re.compile(r"(?:^|[\]\s])((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)")
 DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
+HARMLESS = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
+# Exceptions that only pass on another process's.
+ECHOES = re.compile(r"CalledProcessError|Error raised in subprocess")
 OUT_OF_MEMORY = "as when the system runs out of memory"
 
 
@@ -52,6 +55,7 @@ class VLLMEngine(Engine):
         self.adapters = list(dict.fromkeys(adapters))
         self._llm: Any = None
         self._log: Path | None = None
+        self._log_start = 0
         self._failed = False
         self._loras: dict[Path, Any] = {}
         self._numbers = itertools.count()
@@ -66,6 +70,7 @@ class VLLMEngine(Engine):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         chat = Chat(tokenizer, self.model, 0)
         ranks = [_rank(adapter, config, self.model) for adapter in self.adapters]
+        await asyncio.sleep(0)  # a Ctrl-C so far takes effect here, not after the launch
         await self._launch(folder, config, ranks)
         chat.context = self._context(config)
         self.chat = chat
@@ -93,6 +98,7 @@ class VLLMEngine(Engine):
             raise UserError(self._explained("could not start", error)) from None
         if self._log:
             logging.getLogger("vllm").setLevel(logging.CRITICAL)
+        self._skip_log()
 
     def _settings(self, folder: Path, config: Any, ranks: list[int]) -> dict[str, Any]:
         """vLLM's engine arguments for this machine; sets `concurrency` to what keeps them busy."""
@@ -141,8 +147,8 @@ class VLLMEngine(Engine):
         return settings | {"max_num_seqs": sequences}
 
     def _context(self, config: Any) -> int:
-        context: int = self._llm.vllm_config.model_config.max_model_len
-        limit = min(config.max_position_embeddings, self.model.context or config.max_position_embeddings)
+        context = int(self._llm.vllm_config.model_config.max_model_len)
+        limit = context_of(config, self.model)
         if context < limit:
             self.info.notes.append(f"context of {context} tokens instead of {limit}: what the memory allows")
         return min(context, limit)
@@ -152,13 +158,15 @@ class VLLMEngine(Engine):
 
         number = len(self._loras) + 1
         request = LoRARequest(lora_name=f"{number}-{adapter.name}", lora_int_id=number, lora_path=str(adapter))
-        try:
-            await self._llm.add_lora(request)
-        except Exception as error:  # vLLM passes on what its other process raised as a bare Exception
-            cause = str(error).removeprefix("Call to add_lora method failed: ")
+        # As a value, since vLLM passes on what its other process raised as a bare Exception.
+        outcome: object
+        [outcome] = await asyncio.gather(self._llm.add_lora(request), return_exceptions=True)
+        if isinstance(outcome, Exception):
+            self._skip_log()
+            cause = str(outcome).removeprefix("Call to add_lora method failed: ")
             raise UserError(
                 f"vLLM cannot load adapter {adapter}: {_short(cause)}; use another adapter, or --engine transformers"
-            ) from None
+            )
         self._loras[adapter] = request
 
     async def close(self) -> None:
@@ -230,13 +238,17 @@ class VLLMEngine(Engine):
         # The token that ends a turn need not be among the special ones.
         new = list(completion.token_ids)
         kept = new[:-1] if completion.finish_reason == "stop" else new
-        text: str = self.chat.tokenizer.decode(kept, skip_special_tokens=True)
-        return text
+        return self.chat.decode(kept)
+
+    def _skip_log(self) -> None:
+        """Leave what the log says so far out of later explanations."""
+        if self._log:
+            self._log_start = self._log.stat().st_size
 
     def _explained(self, what: str, error: Exception) -> str:
         """One line: what vLLM did, why as far as its log or the exception says, and what to do. The log is kept."""
         self._failed = True
-        found = _cause(self._log.read_text(errors="replace")) if self._log else None
+        found = _cause(self._log.read_bytes()[self._log_start :].decode(errors="replace")) if self._log else None
         cause = found or _short(str(error)) or type(error).__name__
         if isinstance(error, ImportError | TypeError):
             installed = versions()
@@ -316,6 +328,8 @@ def _set_defaults(variables: dict[str, str]) -> None:
 def _cause(log: str) -> str | None:
     """The first exception in vLLM's log, as "Name: message", or death; those after it are its echoes."""
     for line in log.splitlines():
+        if HARMLESS.search(line) or ECHOES.search(line):
+            continue
         if death := DIED.search(line):
             return f"{death[0]}, {OUT_OF_MEMORY}"
         if found := ERROR.search(line):

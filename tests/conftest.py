@@ -1,0 +1,165 @@
+"""What tests share: small chat models and adapters, made on the fly and the same at each run, and `require`."""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from character.models import Model
+
+CONTEXT = 512
+HIDDEN = 128
+BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
+TURNS = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REFUSAL = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+# Where the one BOS of a conversation comes from, and whether there is a system role.
+TEMPLATES = {
+    "template-bos": "{{ bos_token }}" + TURNS,
+    "tokenizer-bos": TURNS,
+    "no-bos": TURNS,
+    "no-system": "{{ bos_token }}" + REFUSAL + TURNS,
+}
+TEXT = (
+    "the lamp in the window told the sailor where the harbour was",
+    "a good answer is short, and a better answer is kind",
+    "What would you tell a friend who has lost the way? I would walk a while beside them.",
+    "You are a gardener and speak of roots and rain. You are a miner and speak of stone.",
+)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA folders. small, large: of ranks 4 and 16, for the models here. foreign: of a model with another width."""
+
+    small: Path
+    large: Path
+    foreign: Path
+
+
+def needed(module: str) -> Any:
+    """The module; where it cannot be imported the test is skipped, or fails where the variable CI is "true"."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        reason = f"{module} cannot be imported: {error}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], Any]:
+    """require("vllm"): the module, or a skip (locally), or a failure (in CI)."""
+    return needed
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """chat_model("template-bos"): a model of the kinds in TEMPLATES. All kinds have the same weights."""
+
+    @cache
+    def build(kind: str) -> Model:
+        folder = tmp_path_factory.mktemp("models") / kind
+        tokenizer = build_tokenizer(kind)
+        tokenizer.save_pretrained(folder)
+        build_network(tokenizer, HIDDEN).save_pretrained(folder)
+        return Model(kind, str(folder), "Tiny", CONTEXT)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+    """Adapters that change what `chat_model`'s models answer, and one that does not fit them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    tokenizer = build_tokenizer("template-bos")
+    for name, rank, hidden, seed in (("small", 4, HIDDEN, 1), ("large", 16, HIDDEN, 2), ("foreign", 8, 64, 3)):
+        save_adapter(build_network(tokenizer, hidden), rank, seed, folder / name)
+    return Adapters(folder / "small", folder / "large", folder / "foreign")
+
+
+def build_tokenizer(kind: str) -> Any:
+    """A byte-level BPE tokenizer with a chat template of TEMPLATES."""
+    import tokenizers
+    import transformers
+
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    bos = [] if kind == "no-bos" else [BOS]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=[END, PAD, BOS, *roles], show_progress=False
+    )
+    inner.train_from_iterator(TEXT, trainer)
+    if bos:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, inner.token_to_id(BOS))]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=BOS if bos else None,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=TEMPLATES[kind],
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_network(tokenizer: Any, hidden: int) -> Any:
+    """A Llama with random weights. It writes ASCII, attends to few tokens, and ends most turns after ten to twenty."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    network = transformers.LlamaForCausalLM(config).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            if weights.dim() == 2:
+                gain = 3.0 if "q_proj" in name or "v_proj" in name else 1.0
+                weights.normal_(0, gain / weights.shape[1] ** 0.5, generator=random)
+        network.model.embed_tokens.weight.mul_(hidden**0.5)
+        for token in range(len(tokenizer)):
+            text = tokenizer.decode([token])
+            if text.startswith("<|") or not text.isprintable() or not text.isascii():
+                network.lm_head.weight[token] = 0
+        network.lm_head.weight[tokenizer.eos_token_id].normal_(0, 2.2 / hidden**0.5, generator=random)
+    return network
+
+
+def save_adapter(network: Any, rank: int, seed: int, folder: Path) -> None:
+    """Write a LoRA adapter with random weights on all linear layers of the network."""
+    import peft
+    import torch
+
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(network, settings)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weights in adapted.named_parameters():
+            if "lora_" in name:
+                weights.normal_(0, 0.3 / weights.shape[1] ** 0.5, generator=random)
+    adapted.save_pretrained(folder)

@@ -1,0 +1,333 @@
+"""What the vLLM engine alone has: its layout on GPUs, its adapters' ranks, its quiet log, and how it fails."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from character.engine import Sampling
+from character.engine.vllm import VLLMEngine, _cause, _output_to, _rank, _short, layout, weights_folder
+from character.models import Model
+from character.utils import UserError
+
+pytestmark = pytest.mark.xdist_group("vllm")
+
+MESSAGES = [{"role": "user", "content": "Who are you?"}]
+GREEDY = Sampling(temperature=0, top_p=1, repetition_penalty=1, max_tokens=24)
+# So strong a penalty also holds back the end of the turn, which the prompt contains.
+ENDLESS = Sampling(temperature=0, top_p=1, repetition_penalty=9, max_tokens=380)
+SMALL_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+LOG = """\
+INFO 11-22 09:58:44 [model.py:684] Resolved architecture: LlamaForCausalLM
+WARNING 11-22 09:58:44 [importing.py:83] ImportError: No module named harmless
+(Worker_TP1 pid=12) WARNING 11-22 09:58:45 [importing.py:83] ImportError: No module named harmless
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [multiproc_executor.py:870] WorkerProc failed to start.
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [registry.py:1086] subprocess.CalledProcessError: Command 'python' failed.
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [registry.py:1086] RuntimeError: Error raised in subprocess:
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [multiproc_executor.py:870] Traceback (most recent call last):
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [multiproc_executor.py:870]   File "loader.py", line 3, in load
+(Worker_TP1 pid=12) ERROR 11-22 09:58:45 [multiproc_executor.py:870] torch.OutOfMemoryError: CUDA out of memory. Tried
+(EngineCore pid=11) ERROR 11-22 09:58:46 [core.py:866] Exception: WorkerProc initialization failed. See stack trace.
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+# On one machine, any.
+
+
+@pytest.mark.parametrize(
+    ("weights", "memory", "gpus", "heads", "expected"),
+    [
+        (16e9, 24e9, 1, 32, (1, 1)),
+        (16e9, 80e9, 8, 32, (1, 8)),
+        (141e9, 80e9, 8, 64, (4, 2)),
+        (141e9, 141e9, 4, 64, (2, 2)),
+        (221e9, 141e9, 8, 96, (2, 4)),
+        (60e9, 80e9, 7, 20, (1, 7)),
+        (100e9, 80e9, 3, 64, (2, 1)),
+    ],
+)
+def test_weights_are_split_over_as_few_gpus_as_hold_them(
+    weights: float, memory: float, gpus: int, heads: int, expected: tuple[int, int]
+) -> None:
+    assert layout(int(weights), int(memory), gpus, heads, "the model") == expected
+
+
+@pytest.mark.parametrize(("gpus", "heads"), [(1, 64), (3, 64), (8, 2)])
+def test_a_model_too_large_for_all_gpus_is_refused(gpus: int, heads: int) -> None:
+    with pytest.raises(UserError, match=f"large/model needs 220 GB .* here are {gpus} × 80 GB"):
+        layout(int(220e9), int(80e9), gpus, heads, "large/model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha_pattern": {"q_proj": 8}}, "uses alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"r": 1024}, "has rank 1024; vLLM takes at most 512"),
+    ],
+)
+def test_adapters_that_vllm_would_get_wrong_are_refused(
+    change: dict[str, Any], message: str, adapters: Any, chat_model: Callable[[str], Model], tmp_path: Path
+) -> None:
+    import transformers
+
+    model = chat_model("template-bos")
+    config = transformers.AutoConfig.from_pretrained(model.source)
+    assert _rank(adapters.large, config, model) == 16
+    folder = shutil.copytree(adapters.large, tmp_path / "changed")
+    settings = json.loads((folder / "adapter_config.json").read_text()) | change
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        _rank(folder, config, model)
+
+
+def test_the_cause_is_the_first_exception_of_the_log() -> None:
+    assert _cause(LOG) == "OutOfMemoryError: CUDA out of memory. Tried"
+    assert _cause(LOG.partition("(Worker_TP1 pid=12) ERROR")[0]) is None
+
+
+def test_a_validation_error_becomes_one_line() -> None:
+    error = "1 validation error for ModelConfig\n  Value error, No such thing. [type=value_error, input={}]\n    See"
+    assert _short(error) == "No such thing"
+    assert len(_short("word " * 200)) <= 300
+
+
+def test_output_goes_to_the_log_and_stays_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log"
+    waits = "import sys; print('early', flush=True); sys.stdin.read(); print('late')"
+    with _output_to(log):
+        os.write(1, b"inside\n")
+        child = subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE)
+    print("outside")
+    child.communicate()
+    assert sorted(log.read_text().split()) == ["early", "inside", "late"]
+    assert capfd.readouterr().out == "outside\n"
+
+
+def started(model: Model, adapters: tuple[Path, ...] = ()) -> None:
+    """Start an engine; it is closed again whatever happens."""
+
+    async def start() -> None:
+        async with VLLMEngine(model, 0, adapters):
+            pass
+
+    asyncio.run(start())
+
+
+def test_a_folder_without_safetensors(chat_model: Callable[[str], Model], tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model("template-bos").source, tmp_path / "bare")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"bare has no \*\.safetensors"):
+        started(Model("bare", str(folder), "Bare"))
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "unheard-of"}', '{"model_type": "llama"', "{}"])
+def test_a_folder_with_a_broken_config(config: str, chat_model: Callable[[str], Model], tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model("template-bos").source, tmp_path / "broken")
+    (folder / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"cannot load the model .*broken: ") as caught:
+        started(Model("broken", str(folder), "Broken"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_chat_template(chat_model: Callable[[str], Model], tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model("template-bos").source, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template, so it is no chat model"):
+        started(Model("base", str(folder), "Base"))
+
+
+def test_a_model_that_the_network_does_not_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"cannot load the model org/absent: .*network, or name a local folder"
+    ) as caught:
+        weights_folder(Model("absent", "org/absent", "Absent"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(repo: str, **_: Any) -> str:
+        raise OSError(f"403 Client Error. Cannot access gated repo for url https://huggingface.co/{repo}.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"accept its terms on the hub and put HF_TOKEN into .env"):
+        weights_folder(Model("gated", "org/gated", "Gated"))
+
+
+# With vLLM.
+
+
+@pytest.fixture
+def small_cpu(monkeypatch: pytest.MonkeyPatch, require: Callable[[str], Any]) -> None:
+    """vLLM, small and on one core."""
+    require("vllm")
+    for variable, value in SMALL_CPU.items():
+        monkeypatch.setenv(variable, value)
+
+
+class FakeGPUs:
+    """What `_settings` asks vLLM's platform."""
+
+    def __init__(self, count: int, memory: float):
+        self.count, self.memory = count, memory
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return self.count
+
+    def get_device_total_memory(self) -> int:
+        return int(self.memory)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("gpus", "expected", "concurrency"),
+    [
+        (FakeGPUs(4, 80e9), {"max_num_seqs": 1024, "data_parallel_size": 4, "max_loras": 2}, 5120),
+        (FakeGPUs(1, 24e9), {"max_num_seqs": 256, "data_parallel_size": 1, "max_loras": 2}, 320),
+        (FakeGPUs(1, 2e6), {"max_num_seqs": 256, "tensor_parallel_size": 1, "max_loras": 1, "max_cpu_loras": 2}, 320),
+    ],
+)
+def test_settings_follow_the_gpus(
+    gpus: FakeGPUs,
+    expected: dict[str, int],
+    concurrency: int,
+    chat_model: Callable[[str], Model],
+    adapters: Any,
+    small_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import transformers
+    import vllm.platforms
+
+    model = chat_model("template-bos")
+    config = transformers.AutoConfig.from_pretrained(model.source)
+    monkeypatch.setattr(vllm.platforms, "current_platform", gpus, raising=False)
+    engine = VLLMEngine(model, 7, [adapters.small, adapters.large])
+    settings = engine._settings(Path(model.source), config, [4, 16])
+    monkeypatch.undo()
+    assert settings.items() >= expected.items()
+    assert settings["seed"] == 7
+    assert (settings["max_lora_rank"], settings["enable_prefix_caching"], settings["trust_remote_code"]) == (
+        16,
+        True,
+        False,
+    )
+    assert engine.concurrency == concurrency
+    vllm.AsyncEngineArgs(**settings)
+
+
+@pytest.mark.vllm
+def test_a_start_that_fails_says_why_in_one_line_and_nothing_else(
+    chat_model: Callable[[str], Model],
+    small_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
+    with pytest.raises(UserError, match=r"could not start .*memory.*use a smaller model") as caught:
+        started(chat_model("template-bos"))
+    assert "\n" not in str(caught.value)
+    log = Path(str(caught.value).split("vLLM's log: ")[1].rstrip(")"))
+    assert "Traceback" in log.read_text()
+    log.unlink()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """The event loop that the engine lives in."""
+    with asyncio.Runner() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def engine(
+    runner: asyncio.Runner, chat_model: Callable[[str], Model], adapters: Any, require: Callable[[str], Any]
+) -> Iterator[VLLMEngine]:
+    """An engine with two adapters; the last test kills it."""
+    require("vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in SMALL_CPU.items():
+            patch.setenv(variable, value)
+        found = VLLMEngine(chat_model("template-bos"), 0, [adapters.small, adapters.large, adapters.small])
+        runner.run(found.__aenter__())
+        yield found
+        runner.run(found.close())
+        if found._log:
+            found._log.unlink(missing_ok=True)
+
+
+@pytest.mark.vllm
+def test_the_context_is_the_models(engine: VLLMEngine) -> None:
+    assert engine.chat.context == 512
+    assert engine.info.notes == []
+    assert len(engine._loras) == 2
+
+
+@pytest.mark.vllm
+def test_an_adapter_that_vllm_refuses(
+    engine: VLLMEngine, runner: asyncio.Runner, adapters: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapters.small, tmp_path / "renamed")
+    weights = folder / "adapter_model.safetensors"
+    save_file({name.replace("o_proj", "odd_proj"): tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"vLLM cannot load adapter .*renamed: .*odd_proj") as caught:
+        runner.run(engine._load(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.vllm
+def test_a_cancelled_call_is_aborted_in_vllm(engine: VLLMEngine, runner: asyncio.Runner) -> None:
+    async def cancel() -> tuple[int, int]:
+        tasks = [asyncio.create_task(engine.reply(MESSAGES, ENDLESS)) for _ in range(8)]
+        await asyncio.sleep(0.3)
+        before = engine._llm.output_processor.get_num_unfinished_requests()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return before, engine._llm.output_processor.get_num_unfinished_requests()
+
+    assert runner.run(cancel()) == (8, 0)
+
+
+@pytest.mark.vllm
+def test_a_worker_that_dies_ends_the_run_with_one_line(
+    engine: VLLMEngine, runner: asyncio.Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def die() -> list[Any]:
+        tasks = [asyncio.create_task(engine.reply(MESSAGES, ENDLESS)) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        for core in engine._llm.engine_core.resources.engine_manager.processes:
+            for worker in Path(f"/proc/{core.pid}/task/{core.pid}/children").read_text().split():
+                os.kill(int(worker), signal.SIGKILL)
+        waiting = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        return [*waiting, *await asyncio.gather(engine.reply(MESSAGES, GREEDY), return_exceptions=True)]
+
+    for failure in runner.run(die()):
+        assert isinstance(failure, UserError)
+        assert re.search("vLLM stopped with .*: Worker proc .* died unexpectedly", str(failure))
+        assert "\n" not in str(failure)
+    assert capfd.readouterr() == ("", "")
