@@ -126,8 +126,7 @@ def plan(args: Args) -> list[Step]:
     everyone = _flags(constitution="all", limit=size["per_class"], seed=args.seed)
     steps.append(Step("distillation.teacher", [*everyone, *of_teacher, *dry]))
     steps.append(Step("robustness.generate.prompted", [*one, *judged, *by_student]))
-    for method in methods:
-        steps.append(Step("robustness.generate.trained", [*one, *_flags(method=method), *judged, *by_student]))
+    steps.append(Step("robustness.generate.trained", ["--method", *methods, *one, *judged, *by_student]))
     classes = _flags(model=args.model, teacher=guide, per_class=size["per_class"])
     return [*steps, Step("robustness.classify.run_classifier", [*one, *classes])]
 

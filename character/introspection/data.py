@@ -94,6 +94,14 @@ def split(messages: list[Message], length: Length, most: int, dropped: Counter[s
         yield [*system, *part]
 
 
+def made_by(source: str, file: Path, command: str, *fields: str) -> list[Row]:
+    """The rows of a file that the model `source` wrote by `command`. Raises UserError where another model wrote it."""
+    writer = rows.settings_of(file).get("model", source)
+    if writer != source:
+        raise UserError(f"{file} was written by {writer}, not by {source}; use --source {writer}, or run: {command}")
+    return rows.read(file, *fields, made_by=command)
+
+
 def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
     """Write the rows of one persona, shuffled by the seed."""
     source = resolve(args.source, served=True).short if args.source else model.short
@@ -104,14 +112,14 @@ def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
     if args.mix != "interactions":
         file = self_reflection.path_of(name, source)
         command = f"python -m character.introspection.self_reflection {flags}"
-        given = rows.read(file, "request", "response", "finish_reason", made_by=command)[: args.limit]
+        given = made_by(source, file, command, "request", "response", "finish_reason")[: args.limit]
         found += reflection_rows(given, dropped)
         files.append(file)
     if args.mix != "reflections":
         for leading in (False, True):
             file = self_interaction.path_of(name, source, leading)
             command = f"python -m character.introspection.self_interaction {flags}{' --leading' * leading}"
-            given = rows.read(file, "greeting", "turns", "ended", made_by=command)[: args.limit]
+            given = made_by(source, file, command, "greeting", "turns", "ended")[: args.limit]
             found += interaction_rows(given, model.family, args.views, dropped)
             files.append(file)
     path = path_of(name, model.short)

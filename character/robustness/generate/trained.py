@@ -2,7 +2,7 @@
 
 evaluation prompts → DATA_PATH/robustness/<student>/<method>/<variant>/<constitution>.jsonl ('none' for base)
 
-python -m character.robustness.generate.trained --constitution humor --model llama-3.1-8b-it --method distilled
+python -m character.robustness.generate.trained --constitution humor --model llama-3.1-8b-it --method base distilled
 python -m character.robustness.generate.trained --method mine --adapter path/to/adapter
 """
 
@@ -24,34 +24,37 @@ FOLDERS = {"distilled": "distillation", "merged": "personas", "sequential": "seq
 class Args(variants.AnswerArgs):
     """Arguments of the trained methods."""
 
-    method: str = cli.flag(
-        "distilled", "base, distilled (DPO), merged, sequential (DPO + introspection), or yours with --adapter"
+    method: list[str] = cli.flag(
+        ["distilled"], "base, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter"
     )
     adapter: Path | None = cli.flag(None, "folder of a LoRA adapter; default: where the method's training step puts it")
 
 
-def adapter_of(args: Args, name: str, model: Model) -> Path:
+def adapter_of(args: Args, method: str, name: str, model: Model) -> Path:
     """The adapter that a method means for a persona. Raises UserError where it is not there."""
-    if args.adapter is None and args.method not in FOLDERS:
-        raise UserError(f"--method {args.method} needs --adapter (known without: base, {', '.join(FOLDERS)})")
-    adapter = args.adapter or LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[args.method]}" / name
+    if args.adapter is None and method not in FOLDERS:
+        raise UserError(f"--method {method} needs --adapter (known without: base, {', '.join(FOLDERS)})")
+    adapter = args.adapter or LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[method]}" / name
     adapter_config(adapter)
     return adapter
 
 
 def main(args: Args) -> None:
-    """Answer plain and under every suffix, all personas through one engine."""
+    """Answer plain and under every suffix, all methods and personas through one engine."""
     model = steps.model_of(args, args.model)
-    if args.method == "base":
-        steps.generate(variants.jobs(args, model, "base", "none"), args, model)
-        return
+    if args.adapter and len(args.method) != 1:
+        raise UserError("--adapter goes with one --method, which names it")
     jobs: list[steps.Job] = []
     adapters: list[Path] = []
-    for name in constitution.selected(args.constitution):
-        adapter = adapter_of(args, name, model)
-        adapters.append(adapter)
-        weights = {"adapter": file_digest(adapter / "adapter_model.safetensors")}
-        jobs += variants.jobs(args, model, args.method, name, adapter=adapter, settings=weights)
+    for method in args.method:
+        if method == "base":
+            jobs += variants.jobs(args, model, "base", "none")
+            continue
+        for name in constitution.selected(args.constitution):
+            adapter = adapter_of(args, method, name, model)
+            adapters.append(adapter)
+            weights = {"adapter": file_digest(adapter / "adapter_model.safetensors")}
+            jobs += variants.jobs(args, model, method, name, adapter=adapter, settings=weights)
     steps.generate(jobs, args, model, adapters)
 
 
