@@ -7,15 +7,18 @@ Each step is a process of its own; complete ones are skipped. It stops at the fi
 With no model named it takes the bundled one, on the CPU.
 """
 
-import subprocess
+import multiprocessing
+import os
+import runpy
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from character import cli, constitution, rows
 from character.constants import LORA_PATH, ROOT
 from character.distillation import teacher, train
+from character.engine import has_gpu
 from character.models import resolve
 from character.robustness.classify import run_classifier
 from character.robustness.generate import variants
@@ -47,6 +50,13 @@ SIZES: dict[str, dict[str, int | None]] = {
 POCKET_DPO = {"rank": 32, "alpha": 64, "learning-rate": 1e-3, "batch-size": 8, "micro-batch-size": 8}
 POCKET_SFT = POCKET_DPO | {"learning-rate": 5e-4}
 SAMPLES_SHOWN = 3
+PRELOADED = [
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer",
+    "matplotlib.figure",
+]
 
 
 @dataclass
@@ -76,11 +86,16 @@ class Step:
     flags: list[str]
 
     @property
-    def command(self) -> list[str]:
-        """What to run."""
-        if self.module == "merge_loras":
-            return [sys.executable, str(ROOT / "tools" / "merge_loras.py"), *self.flags]
-        return [sys.executable, "-m", f"character.{self.module}", *self.flags]
+    def script(self) -> str:
+        """The script's path in the repository."""
+        return (
+            "tools/merge_loras.py" if self.module == "merge_loras" else f"character/{self.module.replace('.', '/')}.py"
+        )
+
+    def run(self) -> None:
+        """Do the step in this process, as its command line would."""
+        sys.argv = [self.script, *self.flags]
+        runpy.run_path(str(ROOT / self.script), run_name="__main__")
 
 
 def plan(args: Args) -> list[Step]:
@@ -143,18 +158,39 @@ def _flags(**values: object) -> list[str]:
 
 
 def run_steps(steps: list[Step], dry_run: bool) -> None:
-    """Run the steps; exit with a failed one's code, its own message being the last line."""
+    """Run the steps, each in a process of its own; exit with a failed one's code, its own message being the last line."""
+    processes = _processes()
     for number, step in enumerate(steps, 1):
-        shown = " ".join(["python", *step.command[1:]]).replace(f"{ROOT}/", "")
-        print(f"\n[{number}/{len(steps)}] {shown}", flush=True)
-        if dry_run and not any(flag == "--dry-run" for flag in step.flags):
+        print(f"\n[{number}/{len(steps)}] python {step.script} {' '.join(step.flags)}", flush=True)
+        if dry_run and "--dry-run" not in step.flags:
             continue
         begun = time.time()
-        code = subprocess.run(step.command, check=False).returncode
+        process = processes.Process(target=step.run)
+        process.start()
+        try:
+            process.join()
+        except KeyboardInterrupt:
+            process.join()
+            sys.exit(130)
+        code = process.exitcode or 0
         if code and not dry_run:
             sys.exit(code if code > 0 else 128 - code)
         if not dry_run:
             print(f"    {time.time() - begun:.1f} s", flush=True)
+
+
+def _processes() -> Any:
+    """How steps are started: on a CPU from a process that has the heavy imports, which take seconds, behind it.
+
+    On a GPU each starts afresh, since an import may touch the driver, which a fork does not survive.
+    """
+    if has_gpu():
+        return multiprocessing.get_context("spawn")
+    # Small models spend their time in small operations, between which threads should not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def show_samples(student: str, name: str, method: str) -> None:

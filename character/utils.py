@@ -70,6 +70,8 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(fresh, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ def choose(engine: str, base_url: str | None) -> str:
     if engine == "vllm" and not _has_vllm():
         raise UserError("vLLM is not installed here; pip install -e '.[vllm]', or use --engine transformers")
     if engine == "auto":
-        return "vllm" if _has_gpu() and _has_vllm() else "transformers"
+        return "vllm" if has_gpu() and _has_vllm() else "transformers"
     return engine
 
 
@@ -35,7 +35,8 @@ def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether a GPU's driver is there."""
     # A device file answers at once; asking torch would load it.
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 

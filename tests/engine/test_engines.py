@@ -496,7 +496,7 @@ def test_auto_is_transformers_without_a_gpu(chat_model: Callable[[str], Model]) 
     ("gpu", "vllm", "chosen"), [(True, True, "vllm"), (True, False, "transformers"), (False, True, "transformers")]
 )
 def test_auto_wants_a_gpu_and_vllm(gpu: bool, vllm: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(character.engine, "_has_gpu", lambda: gpu)
+    monkeypatch.setattr(character.engine, "has_gpu", lambda: gpu)
     monkeypatch.setattr(character.engine, "_has_vllm", lambda: vllm)
     assert choose("auto", None) == chosen
 
