@@ -1,7 +1,7 @@
 """Speed on the CPU with the bundled model: how fast scripts answer, files scan, engines reply and DPO trains.
 
 python benchmarks/cpu.py --out benchmarks/cpu.json
-python benchmarks/cpu.py --only replies --engines transformers vllm
+python benchmarks/cpu.py --only replies --engines transformers vllm openai --base-url http://localhost:8000/v1
 """
 
 import asyncio
@@ -36,7 +36,8 @@ class Args:
     """Arguments."""
 
     only: list[Literal["help", "rows", "replies", "dpo"]] = cli.flag(["help", "rows", "replies", "dpo"], "what to run")
-    engines: list[Literal["transformers", "vllm"]] = cli.flag(["transformers"], "engines that reply")
+    engines: list[Literal["transformers", "vllm", "openai"]] = cli.flag(["transformers"], "engines that reply")
+    base_url: str | None = cli.flag(None, "an endpoint that serves the bundled model, for --engines openai")
     out: Path | None = cli.flag(None, "write the results to this JSON file")
 
 
@@ -83,7 +84,8 @@ def time_replies(args: Args) -> dict[str, Any]:
 
     async def measure(engine_name: str) -> dict[str, Any]:
         loading = time.perf_counter()
-        async with open_engine(model, engine=engine_name) as engine:
+        url = args.base_url if engine_name == "openai" else None
+        async with open_engine(model, engine=engine_name, base_url=url) as engine:
             begun = time.perf_counter()
 
             async def one(number: int, message: str) -> int:

@@ -7,6 +7,8 @@ Each step is a process of its own; complete ones are skipped. It stops at the fi
 With no model named it takes the bundled one, on the CPU.
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -98,9 +100,15 @@ class Step:
         )
 
     def run(self) -> None:
-        """Do the step in this process, as its command line would."""
+        """Do the step in this process, as its command line would; in a dry run, say what an error means for it."""
         sys.argv = [self.script, *self.flags]
-        runpy.run_path(str(ROOT / self.script), run_name="__main__")
+        if "--dry-run" not in self.flags:
+            runpy.run_path(str(ROOT / self.script), run_name="__main__")
+            return
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / self.script), run_name="__main__")
+        if said.getvalue():
+            print("not known before earlier steps are done:", said.getvalue().strip().removeprefix("error: "))
 
 
 def plan(args: Args) -> list[Step]:
@@ -182,7 +190,7 @@ def run_steps(steps: list[Step], dry_run: bool) -> None:
             process.join()
             sys.exit(130)
         code = process.exitcode or 0
-        if code and not dry_run:
+        if code:
             sys.exit(code if code > 0 else 128 - code)
         if not dry_run:
             print(f"    {time.time() - begun:.1f} s", flush=True)

@@ -1,6 +1,7 @@
 """What both training steps share: settings, the LoRA on the student, the Trainer's arguments, and what is kept of a run."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -60,6 +61,12 @@ def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, 
             f"--batch-size {args.batch_size} is no multiple of {at_once} "
             f"(--micro-batch-size {args.micro_batch_size} on {world_size()} processes); change one of them"
         )
+    if args.report_to != "none":
+        if importlib.util.find_spec(args.report_to) is None:
+            raise UserError(f"{args.report_to} is not installed; pip install {args.report_to}, or --report-to none")
+        # .env has one name for the key, wandb's library another.
+        if os.environ.get("WANDB_TOKEN"):
+            os.environ.setdefault("WANDB_API_KEY", os.environ["WANDB_TOKEN"])
     cuda = torch.cuda.is_available()
     steps = max(1, math.ceil(rows_in * args.epochs / args.batch_size))
     return {
