@@ -41,6 +41,8 @@ from character.utils import (
 
 # Every line starts with its id, so that a scan need not parse answers of any length.
 LINE = re.compile(rb'\{"id": "([0-9a-f]{16})"(, "dropped": )?')
+# Fields whose sums the meta file has; dropped_turns: oldest messages that did not fit into the context.
+TOTALS = ("prompt_tokens", "completion_tokens", "dropped_turns")
 Row = dict[str, Any]
 
 
@@ -233,13 +235,15 @@ class Rows:
                         continue
                     target.write(line)
                     kept += 1
-                    tokens.update({name: row[name] for name in ("prompt_tokens", "completion_tokens") if name in row})
+                    tokens.update({name: row[name] for name in TOTALS if name in row})
             reasons = Counter(dropped.values())
             counts = {"in": kept + len(dropped), "kept": kept, "dropped": dict(reasons)}
             state = {"sealed": True, "info": info, "rows": counts, "tokens": dict(tokens), "seconds": seconds}
             # Before the rename, so that a sealed file's dropped rows are always on record.
             self._write_meta(state | {"dropped": dropped})
         self.partial.unlink()
+        if tokens["dropped_turns"]:
+            print(f"{self.path}: {tokens['dropped_turns']} oldest turns did not fit into the context and were left out")
         print(f"{self.path}: {kept} rows" + "".join(f", {count} dropped ({why})" for why, count in reasons.items()))
 
     def _write_meta(self, state: Row) -> None:

@@ -44,12 +44,7 @@ def job(args: Args, name: str, student: Model) -> steps.Job:
         reply = await engine.reply(
             [{"role": "user", "content": row["prompt"]}], replace(sampling, seed=int(row["id"], 16))
         )
-        return {
-            "response": reply.text.strip(),
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
+        return reply.row()
 
     output = Rows(path_of(name, of_teacher, student.short), inputs, settings, args.overwrite)
     return steps.Job(output, work, lambda row: len(row["prompt"]), args.max_tokens)

@@ -111,12 +111,7 @@ def job(args: Args, traits: constitution.Constitution, model: Model) -> steps.Jo
         ]
         reply = await engine.reply(conversation, replace(sampling, seed=int(row["id"], 16)), prefill=prefill)
         answer = answer_of(reply.text, model, bool(prefill) and engine.continues_prefill)
-        return {
-            "response": answer,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
+        return reply.row() | {"response": answer}
 
     rows = Rows(path_of(traits.name, model.short), inputs, settings, args.overwrite)
     return steps.Job(rows, work, lambda row: len(system) + len(prefill) + len(row["prompt"]), args.max_tokens)

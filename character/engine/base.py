@@ -47,6 +47,16 @@ class Reply:
     completion_tokens: int
     dropped_turns: int = 0
 
+    def row(self) -> dict[str, str | int]:
+        """What an output row keeps of it."""
+        return {
+            "response": self.text.strip(),
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            **({"dropped_turns": self.dropped_turns} if self.dropped_turns else {}),
+        }
+
 
 @dataclass
 class Info:

@@ -130,7 +130,7 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
                 replace(sampling, seed=int(row["id"], 16) + len(turns)),
                 adapter=persona.adapter,
             )
-            tokens.update(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+            tokens.update({key: count for key, count in reply.row().items() if isinstance(count, int)})
             turns.append(reply.text.strip())
             reason = degenerate(turns) or ("unfinished turn" if reply.finish_reason != "stop" else None)
             if reason:

@@ -67,12 +67,7 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
             replace(sampling, seed=int(row["id"], 16)),
             adapter=persona.adapter,
         )
-        return {
-            "response": reply.text.strip(),
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
+        return reply.row()
 
     rows = Rows(path_of(persona.constitution.name, model.short), inputs, settings, args.overwrite)
     return steps.Job(rows, work, lambda row: len(system) + len(row["request"]), args.max_tokens)

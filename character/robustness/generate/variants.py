@@ -57,12 +57,7 @@ def jobs(
         if system:
             conversation.insert(0, {"role": "system", "content": system})
         reply = await engine.reply(conversation, replace(sampling, seed=int(row["id"], 16)), adapter=adapter)
-        return {
-            "response": reply.text.strip(),
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        }
+        return reply.row()
 
     found = []
     for variant, suffix in variants(args.suffixes).items():
