@@ -55,8 +55,7 @@ SAMPLES_SHOWN = 3
 PRELOADED = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
-    "trl.trainer.dpo_trainer",
-    "trl.trainer.sft_trainer",
+    "peft",
     "matplotlib.figure",
 ]
 

@@ -181,6 +181,8 @@ def small_cpu(monkeypatch: pytest.MonkeyPatch, require: Callable[[str], Any]) ->
     require("vllm")
     for variable, value in SMALL_CPU.items():
         monkeypatch.setenv(variable, value)
+    # TRL, which other tests import, sets it; to the engine it would mean that somebody wants to see vLLM's log.
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
 
 
 class FakeGPUs:
@@ -270,6 +272,7 @@ def engine(
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in SMALL_CPU.items():
             patch.setenv(variable, value)
+        patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
         found = VLLMEngine(chat_model("template-bos"), 0, [adapters.small, adapters.large, adapters.small])
         runner.run(found.__aenter__())
         yield found
