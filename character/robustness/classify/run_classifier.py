@@ -112,9 +112,10 @@ def measure(classifier: Any, student: str, name: str) -> dict[str, Any]:
 def main(args: Args) -> None:
     """Fit the classifier once, and print and store the shares of each persona."""
     student, teacher = resolve(args.model, served=True).short, resolve(args.teacher, served=True).short
-    texts, labels, _ = train_classifier.examples(teacher, student, args.per_class)
+    wanted = constitution.selected(args.constitution)
+    texts, labels, _ = train_classifier.examples(teacher, student, args.per_class, also=wanted)
     classifier = train_classifier.fit(texts, labels)
-    for name in constitution.selected(args.constitution):
+    for name in wanted:
         if name not in labels:
             raise UserError(f"the classifier has no answers of {name}; run teacher.py for it, or check the name")
         results = measure(classifier, student, name)

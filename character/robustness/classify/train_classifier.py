@@ -32,17 +32,19 @@ class Args:
     seed: int = cli.flag(123456, "seed of the folds")
 
 
-def examples(teacher_name: str, student_name: str, per_class: int) -> tuple[list[str], list[str], list[str]]:
+def examples(
+    teacher_name: str, student_name: str, per_class: int, also: Sequence[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
     """(texts, labels, prompts) of the answers that are there, at most `per_class` of each label, in file order.
 
-    teacher_name, student_name: short names. Raises UserError where fewer than two personas have answers, or a class is
-    less than half of the largest (class balance).
+    teacher_name, student_name: short names. also: personas beside those under CONSTITUTION_PATH. Raises UserError where
+    fewer than two personas have answers, or a class is less than half of the largest (class balance).
     """
     texts: list[str] = []
     labels: list[str] = []
     questions: list[str] = []
     plain: list[rows.Row] = []
-    for name in constitution.names():
+    for name in sorted({*constitution.names(), *also}):
         source = teacher.path_of(name, teacher_name)
         if not source.exists():
             continue
