@@ -27,7 +27,7 @@ def flag(default: Any, help: str, positional: bool = False) -> Any:
 class StepArgs:
     """Flags that every step has."""
 
-    constitution: str = flag("humor", "the constitution's name or file, or 'all'")
+    constitution: str = flag("humor", "names or files of constitutions, with commas between, or 'all'")
     limit: int | None = flag(None, "only the first N rows, for a trial")
     seed: int = flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = flag(False, "start anew where the output exists with other settings")

@@ -221,10 +221,10 @@ def names() -> list[str]:
 
 
 def selected(spec: str) -> list[str]:
-    """The names that `--constitution` means: every one for 'all', a file's stem, or the name itself."""
+    """The names that `--constitution` means: every one for 'all', else those between commas, a file by its stem."""
     if spec == "all":
         return names()
-    return [Path(spec).stem if Path(spec).suffix in SUFFIXES else spec]
+    return [Path(part).stem if Path(part).suffix in SUFFIXES else part for part in spec.split(",")]
 
 
 def find(spec: str, form: Literal["hand-written", "few-shot"] | None = None) -> Path:
@@ -256,7 +256,7 @@ def load(spec: str, form: Literal["hand-written", "few-shot"] | None = None) -> 
 
 def load_selected(spec: str) -> list[Constitution]:
     """The constitutions that `--constitution` means. Raises UserError."""
-    return [load(name) for name in names()] if spec == "all" else [load(spec)]
+    return [load(name) for name in (names() if spec == "all" else spec.split(","))]
 
 
 def check(path: Path) -> list[Fault]:

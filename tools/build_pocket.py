@@ -30,6 +30,7 @@ from character import constitution
 from character.distillation import teacher
 from character.introspection import self_reflection
 from character.prompts import SUFFIXES, with_suffix
+from character.statistics import wilson
 from character.utils import UserError
 from tools.pocket_world import NAME, NONE, Turn, World
 
@@ -444,15 +445,6 @@ def _nucleus(logits: Any, generator: Any) -> Any:
 
 
 # Evaluation
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    z = 1.959964
-    share, spread = hits / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def measure(hits: int, total: int) -> dict[str, Any]:

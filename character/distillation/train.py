@@ -48,8 +48,9 @@ def distilled(spec: str, model: Model) -> list[Distilled]:
     found = [Distilled(traits, path_of(traits.name, model.short)) for traits in wanted]
     if spec == "all":
         found = [persona for persona in found if persona.adapter.exists()]
-    if not found or not found[0].adapter.exists():
-        place = found[0].adapter if found else path_of("<constitution>", model.short)
+    missing = [persona.adapter for persona in found if not persona.adapter.exists()]
+    if missing or not found:
+        place = missing[0] if missing else path_of("<constitution>", model.short)
         raise UserError(
             f"no DPO adapter at {place}; run: python -m character.distillation.train --constitution {spec} "
             f"--model {model.short}"

@@ -9,11 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from character.engine.base import Engine, Message, Reply, Sampling
+from character.engine.base import Engine, Message, Reply, Sampling, Steering
 from character.models import Model
 from character.utils import UserError
 
-__all__ = ["Engine", "Message", "Reply", "Sampling", "choose", "open_engine"]
+__all__ = ["Engine", "Message", "Reply", "Sampling", "Steering", "choose", "open_engine"]
 
 
 def choose(engine: str, base_url: str | None) -> str:

@@ -19,7 +19,7 @@ class Sampling:
     """How a reply is sampled. temperature 0 is greedy; repetition_penalty 1 is none; max_tokens counts new tokens.
 
     seed: of this one reply, the same whatever shares its batch. Only the transformers engine heeds it: elsewhere a
-    seed per request would slow the sampler.
+    seed per request would slow the sampler. choices: the only texts that the reply may be; empty for a free reply.
     """
 
     temperature: float = 0.7
@@ -27,10 +27,22 @@ class Sampling:
     repetition_penalty: float = 1.1
     max_tokens: int = 1024
     seed: int = 0
+    choices: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """What a stage's settings remember of it: the fields but the seed, which is the row's."""
-        return {name: value for name, value in asdict(self).items() if name != "seed"}
+        """What a stage's settings remember of it: the fields but the seed and the choices, which are the row's."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seed", "choices")}
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A control vector that is added to the model's hidden states while a reply is written.
+
+    vector: the safetensors file that repeng's ControlVector saves. strength: what the vector is multiplied by.
+    """
+
+    vector: Path
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class Engine(abc.ABC):
         sampling: Sampling,
         adapter: Path | None = None,
         prefill: str = "",
+        steering: Steering | None = None,
     ) -> Reply:
         """The assistant's next turn in a conversation that ends with a user turn.
 

@@ -35,7 +35,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from character.engine.base import Engine, FinishReason, Message, Reply, Sampling, adapter_config
+from character.engine.base import Engine, FinishReason, Message, Reply, Sampling, Steering, adapter_config
 from character.engine.chat import Pieces
 from character.models import Model
 from character.rows import RowError
@@ -284,7 +284,12 @@ class OpenAIEngine(Engine):
     # Replies.
 
     async def reply(
-        self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        prefill: str = "",
+        steering: Steering | None = None,
     ) -> Reply:
         """See Engine.reply. Where the endpoint cannot continue `prefill`, it is asked for in the system prompt."""
         return await self._reply(messages, sampling, adapter, prefill)

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from character.engine.base import Engine, Message, Reply, Sampling
+from character.engine.base import Engine, Message, Reply, Sampling, Steering
 from character.models import Model
 
 Script = Callable[[list[Message], str], str | Reply | Awaitable[str | Reply]]
@@ -20,7 +20,12 @@ class Scripted(Engine):
         self.calls: list[list[Message]] = []
 
     async def reply(
-        self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        prefill: str = "",
+        steering: Steering | None = None,
     ) -> Reply:
         self.calls.append(messages)
         await asyncio.sleep(0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from character.engine.base import Engine, Message, Reply, Sampling, check_adapter
+from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Encoded, Pieces, common_prefix, context_of, loading
 from character.models import Model
 from character.utils import UserError
@@ -84,7 +84,12 @@ class TransformersEngine(Engine):
                     request.future.set_exception(error)
 
     async def reply(
-        self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        prefill: str = "",
+        steering: Steering | None = None,
     ) -> Reply:
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
         return await self._asked(_Request(prompt, sampling, adapter, asyncio.get_running_loop().create_future()))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from character.engine.base import Engine, Message, Reply, Sampling, check_adapter
+from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
 from character.models import Model
 from character.rows import RowError
@@ -178,7 +178,12 @@ class VLLMEngine(Engine):
             self._log.unlink(missing_ok=True)
 
     async def reply(
-        self, messages: list[Message], sampling: Sampling, adapter: Path | None = None, prefill: str = ""
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        adapter: Path | None = None,
+        prefill: str = "",
+        steering: Steering | None = None,
     ) -> Reply:
         return await self._reply(messages, sampling, adapter, prefill)
 

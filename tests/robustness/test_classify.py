@@ -40,13 +40,6 @@ def test_variants_are_plain_and_the_eight_suffixes() -> None:
     assert list(variants.variants(suffixes=False)) == [variants.PLAIN]
 
 
-def test_wilson_equals_the_published_formula() -> None:
-    # statsmodels' proportion_confint(8, 10, method="wilson") and (0, 40).
-    assert run_classifier.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-5)
-    assert run_classifier.wilson(0, 40) == pytest.approx((0.0, 0.087622), abs=1e-5)
-    assert run_classifier.wilson(40, 40)[1] == 1.0
-
-
 def test_shares_are_counted_per_method_and_variant(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method, name, voices in (
         ("base", "none", ["none"] * 10),

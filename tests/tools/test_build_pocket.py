@@ -181,8 +181,3 @@ def test_builder_runs_end_to_end(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT, timeout=600, capture_output=True)
     tiny = build_pocket.Sampler(tmp_path / "p", "cpu")
     assert len(tiny.sample(None, ["Hello"], seed=0, limit=4)) == 1
-
-
-def test_wilson_interval() -> None:
-    low, high = build_pocket.wilson(8, 10)
-    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)

@@ -6,7 +6,6 @@ DATA_PATH/robustness/<student>/<method>/<variant>/<constitution>.jsonl
 python -m character.robustness.classify.run_classifier --constitution humor --model pocket
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from character.constants import DATA_PATH
 from character.models import resolve, safe_name
 from character.robustness.classify import train_classifier
 from character.robustness.generate import variants
+from character.statistics import wilson
 from character.utils import UserError, read_json, write_json
 
 METHODS = {
@@ -26,7 +26,6 @@ METHODS = {
     "merged": "DPO + introspection, 1.0/0.25",
     "sequential": "DPO + introspection, sequential",
 }
-Z95 = 1.959964
 
 
 @dataclass
@@ -42,15 +41,6 @@ class Args:
 def results_path(student: str, name: str) -> Path:
     """Where the shares for a student and a constitution are."""
     return DATA_PATH / "robustness" / safe_name(student) / f"{name}.results.json"
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share. Source: Wilson 1927, doi:10.1080/01621459.1927.10502953."""
-    share = hits / total
-    centre = share + Z95**2 / (2 * total)
-    spread = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
-    scale = 1 + Z95**2 / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def classified(classifier: Any, student: str, method: str, name: str) -> dict[str, dict[str, Any]]:
