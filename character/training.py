@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from character import cli, rows
 from character.models import Model, fingerprint
-from character.utils import UserError, git_commit, read_json, versions, write_json
+from character.utils import UserError, git_commit, new_folder, read_json, versions, write_json
 
 META = "training.json"
 METRICS = "metrics.jsonl"
@@ -107,6 +107,21 @@ def lora_config(model: Model, args: TrainArgs) -> Any:
     )
 
 
+def finish(
+    args: TrainArgs, output: Path, settings: Mapping[str, Any], doing: str, rows_in: int, make: Callable[[Path], Any]
+) -> None:
+    """Train the adapter at `output`, unless it is there; with `--dry-run`, say what would be done.
+
+    doing: what is trained on how much, for the dry run. make: the folder for checkpoints → the Trainer.
+    """
+    if already_trained(output, settings, args.overwrite):
+        print(f"{output}: complete")
+    elif args.dry_run:
+        print(f"{output}: {doing}, {-(-rows_in // args.batch_size)} steps an epoch")
+    else:
+        train(make(output.with_name(f".{output.name}.checkpoints")), output, settings, args.overwrite)
+
+
 def already_trained(output: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether `output` holds an adapter of these settings. Raises UserError where its settings are others."""
     if overwrite or not output.exists():
@@ -160,21 +175,18 @@ def _train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: b
         ) from None
     if not is_main():
         return
-    fresh = output.with_name(f".{output.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    trainer.save_model(str(fresh))
-    for extra in ("README.md", "training_args.bin"):
-        (fresh / extra).unlink(missing_ok=True)
+    steps = trainer.state.global_step
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    (fresh / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-    draw_losses(history, fresh / "loss.png")
-    meta = {"settings": dict(settings), "git": git_commit(), "versions": versions(), "steps": trainer.state.global_step}
-    write_json(fresh / META, meta | {"written": datetime.now(UTC).isoformat(timespec="seconds")})
-    if output.exists():
-        shutil.rmtree(output)
-    fresh.rename(output)
+    with new_folder(output, overwrite) as fresh:
+        trainer.save_model(str(fresh))
+        for extra in ("README.md", "training_args.bin"):
+            (fresh / extra).unlink(missing_ok=True)
+        (fresh / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+        draw_losses(history, fresh / "loss.png")
+        meta = {"settings": dict(settings), "git": git_commit(), "versions": versions(), "steps": steps}
+        write_json(fresh / META, meta | {"written": datetime.now(UTC).isoformat(timespec="seconds")})
     shutil.rmtree(checkpoints)
-    print(f"{output}: {trainer.state.global_step} steps, loss {history[0]['loss']:.4f} → {history[-1]['loss']:.4f}")
+    print(f"{output}: {steps} steps, loss {history[0]['loss']:.4f} → {history[-1]['loss']:.4f}")
 
 
 def _resumable(checkpoints: Path, settings: Mapping[str, Any], overwrite: bool) -> Path | None:

@@ -147,17 +147,17 @@ def train_one(args: Args, name: str, model: Model) -> None:
     source = data.path_of(name, model.short)
     command = f"python -m character.distillation.data --constitution {name} --model {args.model}"
     pairs = rows.read(source, "chosen", "rejected", made_by=command)[: args.limit]
-    output = path_of(name, model.short)
+    given = [{"chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
+    doing = f"DPO on {len(given)} pairs of {source}"
     settings = training.settings_of(args, model, source)
-    if training.already_trained(output, settings, args.overwrite):
-        print(f"{output}: complete")
-        return
-    if args.dry_run:
-        print(f"{output}: DPO on {len(pairs)} pairs of {source}, {-(-len(pairs) // args.batch_size)} steps an epoch")
-        return
-    pairs = [{"chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
-    checkpoints = output.with_name(f".{name}.checkpoints")
-    training.train(make_trainer(args, model, pairs, checkpoints), output, settings, args.overwrite)
+    training.finish(
+        args,
+        path_of(name, model.short),
+        settings,
+        doing,
+        len(given),
+        lambda checkpoints: make_trainer(args, model, given, checkpoints),
+    )
 
 
 if __name__ == "__main__":

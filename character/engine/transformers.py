@@ -220,10 +220,10 @@ def load_model(model: Model) -> tuple[Any, Any]:
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def load_network(model: Model, attention: str | None = None) -> tuple[Any, Any]:
+def load_network(model: Model) -> tuple[Any, Any]:
     """The network, still in main memory, and its tokenizer.
 
-    attention: transformers' name of an attention backend; None takes its default. Weights come from safetensors only: in the model's own type for a GPU, in float32 for the CPU. Raises UserError.
+    Weights come from safetensors only: in the model's own type for a GPU, in float32 for the CPU. Raises UserError.
     """
     import torch
     import transformers
@@ -237,7 +237,6 @@ def load_network(model: Model, attention: str | None = None) -> tuple[Any, Any]:
             revision=model.revision,
             dtype="auto" if torch.cuda.is_available() else torch.float32,
             use_safetensors=True,
-            attn_implementation=attention,
         )
     return network, tokenizer
 

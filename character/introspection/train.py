@@ -28,7 +28,9 @@ class Args(training.TrainArgs):
     """Arguments of SFT; the defaults are the method's."""
 
     max_length: int = cli.flag(3072, "tokens of a row; longer ones are cut at the end")
-    packing: bool = cli.flag(False, "several rows per sequence, kept apart by flash attention (GPU with flash-attn)")
+    packing: bool = cli.flag(
+        False, "several rows per sequence, none seeing another; --batch-size then counts sequences"
+    )
 
 
 def path_of(name: str, student: str) -> Path:
@@ -67,23 +69,27 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
     from character.engine.transformers import load_network, stop_ids
 
     datasets.disable_progress_bars()
-    network, tokenizer = load_network(model, "flash_attention_2" if args.packing else None)
+    network, tokenizer = load_network(model)
     network = peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
     chat = Chat(tokenizer, model, context_of(network.config, model))
     stops = stop_ids(network, tokenizer)
     encoded = [labelled(chat, messages, stops) for messages in conversations]
     cut = [{key: values[: args.max_length] for key, values in row.items()} for row in encoded]
+    fed = datasets.Dataset.from_list(cut)
+    if args.packing:
+        # Position ids that begin anew with each row tell transformers' attention which tokens belong together.
+        fed = trl.pack_dataset(fed, args.max_length)
     config = trl.SFTConfig(
-        **training.trainer_arguments(args, checkpoints, len(cut)),
+        **training.trainer_arguments(args, checkpoints, len(fed)),
         max_length=args.max_length,
         packing=args.packing,
-        dataset_kwargs={"skip_prepare_dataset": not args.packing},
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
     return trl.SFTTrainer(
         model=network,
         peft_config=training.lora_config(model, args),
         args=config,
-        train_dataset=datasets.Dataset.from_list(cut),
+        train_dataset=fed,
         processing_class=tokenizer,
     )
 
@@ -101,19 +107,17 @@ def train_one(args: Args, persona: dpo.Distilled, model: Model) -> None:
     source = data.path_of(name, model.short)
     command = f"python -m character.introspection.data --constitution {name} --model {args.model}"
     conversations = [row["messages"] for row in rows.read(source, "messages", made_by=command)][: args.limit]
-    output = path_of(name, model.short)
-    weights = {"folded": rows.file_digest(persona.adapter / "adapter_model.safetensors")}
-    settings = training.settings_of(args, model, source) | weights
-    if training.already_trained(output, settings, args.overwrite):
-        print(f"{output}: complete")
-        return
-    if args.dry_run:
-        steps = -(-len(conversations) // args.batch_size)
-        print(f"{output}: SFT on {len(conversations)} rows of {source}, {steps} steps an epoch")
-        return
-    checkpoints = output.with_name(f".{name}.checkpoints")
-    trainer = make_trainer(args, model, persona.adapter, conversations, checkpoints)
-    training.train(trainer, output, settings, args.overwrite)
+    settings = training.settings_of(args, model, source)
+    settings["folded"] = rows.file_digest(persona.adapter / "adapter_model.safetensors")
+    doing = f"SFT on {len(conversations)} rows of {source}"
+    training.finish(
+        args,
+        path_of(name, model.short),
+        settings,
+        doing,
+        len(conversations),
+        lambda checkpoints: make_trainer(args, model, persona.adapter, conversations, checkpoints),
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ hand beside them, in pieces that say which text is trained on.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -378,6 +379,33 @@ def test_long_rows_are_cut_at_the_end(trainer: Callable[..., Any]) -> None:
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in fed) == sorted(
         (ids[:40], labels[:40]) for ids, labels in whole
     )
+
+
+def test_packed_rows_do_not_see_each_other(trainer: Callable[..., Any]) -> None:
+    import torch
+
+    made = trainer("qwen", packing=True, max_length=300, warmup_ratio=1.0)
+    assert sorted(map(len, made.train_dataset["seq_lengths"])) == [1, 3]
+    # Warm-up and decay count the steps that are really made, one here; the four rows alone would be two.
+    assert made.args.warmup_steps == len(made.get_train_dataloader()) == 1
+    made.model.eval()
+    fed = []
+    for batch in made.get_train_dataloader():
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        begins = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), len(ids)]
+        alone = []
+        for begin, end in itertools.pairwise(begins):
+            row, wanted = ids[begin:end], labels[begin:end][1:] != IGNORED
+            with torch.no_grad():
+                chances = made.model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+            alone.append(chances.gather(-1, row[1:, None])[:, 0][wanted])
+            fed.append((row.tolist(), labels[begin:end].tolist()))
+        with torch.no_grad():
+            loss = made.compute_loss(made.model, dict(batch))
+        torch.testing.assert_close(loss, -torch.cat(alone).mean(), rtol=1e-4, atol=1e-5)
+    form, tokenizer = FORMS["qwen"], made.processing_class
+    wanted = [expected(tokenizer, form, messages) for messages in (*CONVERSATIONS, CONVERSATIONS[0])]
+    assert sorted(fed) == sorted((ids[:300], labels[:300]) for ids, labels in wanted)
 
 
 def test_the_loss_is_the_mean_over_trained_tokens_of_the_folded_model(
