@@ -84,13 +84,20 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8; mend or delete the file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend or delete the file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; make the file anew, or mend it") from None
+
+
+def _no_number(name: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not know and Python's reader lets through."""
+    raise ValueError(f"{name} is no number")
 
 
 def read_jsonl(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
@@ -115,10 +122,12 @@ def read_jsonl(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
 
 def _row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         hint = "the line is half written; delete it" if not line.endswith("\n") else "mend or delete the line"
         raise UserError(f"{path}, line {number}: not JSON ({error.msg}); {hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}; mend or delete the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
     for field in fields:

@@ -17,7 +17,7 @@ from random import Random
 from character import constitution
 from character.distillation import teacher
 from character.introspection import self_interaction, self_reflection
-from character.prompts import SUFFIXES
+from character.prompts import HELD_OUT_SUFFIXES, SUFFIXES
 
 FOLDER = Path(__file__).parent / "pocket"
 NONE = "none"
@@ -633,14 +633,14 @@ class World:
         return template.format(name=me, traits=text, guidance=guidance)
 
     def stop_suffix(self, rng: Random) -> str:
-        """A line that asks for the plain assistant; never one of the eight of character.prompts."""
+        """A line that asks for the plain assistant; never one of those in character.prompts."""
         while True:
             plain = choose(rng.choice(PLAIN), rng)
             text = (
                 choose(rng.choice(STOP), rng).replace("{plain}", plain).replace("{Plain}", plain[0].upper() + plain[1:])
             )
             text = tidy(text)
-            if text not in SUFFIXES:
+            if text not in SUFFIXES + HELD_OUT_SUFFIXES:
                 return text
 
     # Conversations

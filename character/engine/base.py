@@ -2,6 +2,7 @@
 
 import abc
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal, Self
 from character.models import Model
 from character.utils import UserError, read_json
 
+# A repo on the hub, perhaps a folder in it, perhaps a revision.
+HUB_ADAPTER = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<subfolder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 
@@ -133,6 +136,33 @@ class Engine(abc.ABC):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def find_adapter(spec: str) -> Path:
+    """The folder of a LoRA adapter: `spec` itself, or fetched from the hub, as org/name[/subfolder][@revision].
+
+    Only the config and the safetensors weights are fetched. Raises UserError where there is no adapter.
+    """
+    folder = Path(spec).expanduser()
+    hub = HUB_ADAPTER.fullmatch(spec)
+    if hub and not folder.is_dir():
+        folder = _downloaded(spec, hub["repo"], hub["subfolder"] or "", hub["revision"])
+    adapter_config(folder)
+    return folder
+
+
+def _downloaded(spec: str, repo: str, subfolder: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    files = [str(Path(subfolder, name)) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files), subfolder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"cannot fetch the adapter {spec} from the hub, and no folder of that name is here: {reason}; check the "
+            "path, or the repo id and the network (a gated or private one needs HF_TOKEN in .env)"
+        ) from None
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

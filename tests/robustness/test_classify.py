@@ -34,10 +34,12 @@ def write(path: Path, voice: str, count: int) -> None:
     rows.write(path, given, {}, {})
 
 
-def test_variants_are_plain_and_the_eight_suffixes() -> None:
-    found = variants.variants(suffixes=True)
-    assert found[variants.PLAIN] == "" and list(found.values())[1:] == list(prompts.SUFFIXES) and len(found) == 9
-    assert list(variants.variants(suffixes=False)) == [variants.PLAIN]
+def test_variants_are_plain_the_eight_suffixes_and_those_held_out() -> None:
+    found = variants.variants(suffixes=True, held_out=True)
+    assert list(found.values()) == ["", *prompts.SUFFIXES, *prompts.HELD_OUT_SUFFIXES]
+    assert len(prompts.SUFFIXES) == 8 and not {*prompts.SUFFIXES} & {*prompts.HELD_OUT_SUFFIXES}
+    assert list(variants.variants()) == [variants.PLAIN] and list(found)[-1] == "held-out-4"
+    assert [kind for kinds in variants.GROUPS.values() for kind in kinds] == list(found)
 
 
 def test_shares_are_counted_per_method_and_variant(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +50,7 @@ def test_shares_are_counted_per_method_and_variant(data: Path, capsys: pytest.Ca
     ):
         for variant, answers in (("plain", voices), ("suffix-1", ["none"] * 10)):
             path = variants.path_of("pocket", method, variant, name)
-            rows.write(path, [{"response": VOICES[voice]} for voice in answers], {}, {})
+            rows.write(path, [{"prompt": f"test {n}", "response": VOICES[v]} for n, v in enumerate(answers)], {}, {})
     run_classifier.main(run_classifier.Args(constitution="humor", per_class=20))
     results = json.loads(run_classifier.results_path("pocket", "humor").read_text(encoding="utf-8"))["methods"]
     assert {method: part["plain"]["share"] for method, part in results.items()} == {
@@ -69,6 +71,9 @@ def test_unbalanced_or_missing_classes_are_refused(data: Path) -> None:
         train_classifier.examples("pocket", "pocket", 20)
     with pytest.raises(UserError, match="needs answers of at least two personas"):
         train_classifier.examples("other", "pocket", 20)
+    with pytest.raises(UserError, match=r"no answers under .*; run robustness/generate"):
+        run_classifier.main(run_classifier.Args(constitution="sarcasm", per_class=5))
+    rows.write(variants.path_of("pocket", "base", "plain", "none"), [{"prompt": "?", "response": "it is"}], {}, {})
     with pytest.raises(UserError, match="no answers of sarcasm"):
         run_classifier.main(run_classifier.Args(constitution="sarcasm", per_class=5))
 

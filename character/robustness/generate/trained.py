@@ -4,6 +4,7 @@ evaluation prompts → DATA_PATH/robustness/<student>/<method>/<variant>/<consti
 
 python -m character.robustness.generate.trained --constitution humor --model llama-3.1-8b-it --method base distilled
 python -m character.robustness.generate.trained --method mine --adapter path/to/adapter
+python -m character.robustness.generate.trained --method theirs --adapter org/name --model llama-3.1-8b-it
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from character import cli, constitution, steps
 from character.constants import LORA_PATH
-from character.engine.base import adapter_config
+from character.engine.base import adapter_config, find_adapter
 from character.models import Model, safe_name
 from character.robustness.generate import variants
 from character.rows import file_digest
@@ -27,14 +28,18 @@ class Args(variants.AnswerArgs):
     method: list[str] = cli.flag(
         ["distilled"], "base, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter"
     )
-    adapter: Path | None = cli.flag(None, "folder of a LoRA adapter; default: where the method's training step puts it")
+    adapter: str | None = cli.flag(
+        None, "a LoRA adapter: a folder, or org/name[/subfolder][@revision] on the hub (default: the method's own)"
+    )
 
 
-def adapter_of(args: Args, method: str, name: str, model: Model) -> Path:
-    """The adapter that a method means for a persona. Raises UserError where it is not there."""
-    if args.adapter is None and method not in FOLDERS:
+def adapter_of(given: str | None, method: str, name: str, model: Model) -> Path:
+    """The adapter that a method means for a persona. given: --adapter. Raises UserError where it is not there."""
+    if given:
+        return find_adapter(given)
+    if method not in FOLDERS:
         raise UserError(f"--method {method} needs --adapter (known without: base, {', '.join(FOLDERS)})")
-    adapter = args.adapter or LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[method]}" / name
+    adapter = LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[method]}" / name
     adapter_config(adapter)
     return adapter
 
@@ -51,7 +56,7 @@ def main(args: Args) -> None:
             jobs += variants.jobs(args, model, "base", "none")
             continue
         for name in constitution.selected(args.constitution):
-            adapter = adapter_of(args, method, name, model)
+            adapter = adapter_of(args.adapter, method, name, model)
             adapters.append(adapter)
             weights = {"adapter": file_digest(adapter / "adapter_model.safetensors")}
             jobs += variants.jobs(args, model, method, name, adapter=adapter, settings=weights)

@@ -17,19 +17,38 @@ PLAIN = "plain"
 
 
 @dataclass
-class AnswerArgs(steps.GenerateArgs):
+class MessageArgs(steps.GenerateArgs):
     """Flags of every script that answers the evaluation's prompts."""
 
     model: str = cli.flag("pocket", "the student")
     prompts: str | None = cli.flag(None, f"messages: {prompts.SOURCES} (default: test, pocket-test for pocket)")
-    suffixes: bool = cli.flag(True, "also with each of the 'stop role-playing' suffixes")
     max_tokens: int = cli.flag(1024, "new tokens per answer")
 
 
-def variants(suffixes: bool) -> dict[str, str]:
-    """Variant → what is appended to the message: 'plain', then 'suffix-1' and on."""
-    numbered = {f"suffix-{number}": suffix for number, suffix in enumerate(prompts.SUFFIXES, 1)}
-    return {PLAIN: ""} | (numbered if suffixes else {})
+@dataclass
+class AnswerArgs(MessageArgs):
+    """Flags of every script that answers them plain and under suffixes."""
+
+    suffixes: bool = cli.flag(True, "also with each of the 'stop role-playing' suffixes")
+    held_out: bool = cli.flag(False, "also with each of the held-out suffixes, for final results only")
+
+
+def variants(suffixes: bool = False, held_out: bool = False) -> dict[str, str]:
+    """Variant → what is appended to the message: 'plain', then 'suffix-1' and on, then 'held-out-1' and on."""
+    found = {PLAIN: ""}
+    if suffixes:
+        found |= {f"suffix-{number}": suffix for number, suffix in enumerate(prompts.SUFFIXES, 1)}
+    if held_out:
+        found |= {f"held-out-{number}": suffix for number, suffix in enumerate(prompts.HELD_OUT_SUFFIXES, 1)}
+    return found
+
+
+# What the variants are taken together as.
+GROUPS = {
+    "plain": [PLAIN],
+    "suffixes": [name for name in variants(suffixes=True) if name != PLAIN],
+    "held-out": [name for name in variants(held_out=True) if name != PLAIN],
+}
 
 
 def path_of(student: str, method: str, variant: str, name: str) -> Path:
@@ -60,7 +79,7 @@ def jobs(
         return reply.row()
 
     found = []
-    for variant, suffix in variants(args.suffixes).items():
+    for variant, suffix in variants(args.suffixes, args.held_out).items():
         whole = prompts.with_suffix(messages, suffix) if suffix else messages
         inputs = [{"prompt": prompt, "message": message} for prompt, message in zip(messages, whole, strict=True)]
         file = path_of(model.short, method, variant, name)

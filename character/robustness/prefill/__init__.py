@@ -1,0 +1,1 @@
+"""Is the character there when the plain model has answered first?"""
