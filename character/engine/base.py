@@ -22,7 +22,8 @@ class Sampling:
     """How a reply is sampled. temperature 0 is greedy; repetition_penalty 1 is none; max_tokens counts new tokens.
 
     seed: of this one reply, the same whatever shares its batch. Only the transformers engine heeds it: elsewhere a
-    seed per request would slow the sampler. choices: the only texts that the reply may be; empty for a free reply.
+    seed per request would slow the sampler. choices: the only texts that the reply may be; empty for a free reply. They
+    bind no model that reasons, which has to think first, and few endpoints: who asks reads the reply as if it were free.
     """
 
     temperature: float = 0.7
@@ -96,6 +97,10 @@ class Engine(abc.ABC):
     def __init__(self, model: Model):
         self.model = model
         self.info = Info(type(self).__name__, model.source, model.revision)
+
+    def choices(self, sampling: Sampling) -> tuple[str, ...]:
+        """The choices that bind a reply of this model; empty where it is free."""
+        return () if self.model.reasoning else sampling.choices
 
     @abc.abstractmethod
     async def reply(

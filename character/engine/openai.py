@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ OPTIONAL = (
     "skip_special_tokens",
     "top_p",
     "temperature",
+    "response_format",
+    "structured_outputs",
 )
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -93,7 +96,7 @@ REPLY_LIMIT = re.compile(
 )
 UNSUPPORTED = re.compile(
     r"unsupported|n[o']t (support|permitted|allowed|recogni[sz]ed|compatible)|unrecogni[sz]ed|unknown|unexpected|"
-    r"only the default|cannot both|extra[ _]|deprecated|forbidden|does not accept",
+    r"only the default|cannot both|extra[ _]|deprecated|forbidden|does not accept|unavailable",
     re.IGNORECASE,
 )
 NO_SYSTEM_ROLE = re.compile(
@@ -345,7 +348,12 @@ class OpenAIEngine(Engine):
                     raise
                 dropped = self._adapt(error, body, turns, dropped, in_system_role)
                 continue
-            return Reply(*reply, dropped_turns=dropped)
+            whole = Reply(*reply, dropped_turns=dropped)
+            if choices := self.choices(sampling):
+                whole = replace(whole, text=_unwrapped(whole.text))
+                if whole.text not in choices:
+                    self._note("not every reply is one of the choices: the endpoint does not keep to them")
+            return whole
 
     def _fields(self, sampling: Sampling, further: dict[str, Any]) -> dict[str, Any]:
         limits = [sampling.max_tokens]
@@ -359,6 +367,10 @@ class OpenAIEngine(Engine):
             fields["repetition_penalty"] = sampling.repetition_penalty
         elif sampling.repetition_penalty != 1:
             self._note("repetition_penalty left out: only vLLM endpoints are known to apply it")
+        if choices := self.choices(sampling):
+            fields |= (
+                {"structured_outputs": {"choice": choices}} if self._is_vllm else {"response_format": _one_of(choices)}
+            )
         fields = {field: value for field, value in fields.items() if field not in self._left_out}
         return {**fields, self._limit_field: min(limits)}
 
@@ -478,7 +490,7 @@ class OpenAIEngine(Engine):
             named = str(body.get("param") or "").rpartition(".")[2]
             sent_fields = [field for field in OPTIONAL if field in sent]
             for field in sorted(sent_fields, key=lambda field: field != named):
-                if field == named or re.search(rf"\b{field}\b", text):
+                if field == named or re.search(rf"\b{field.replace('_', '[_ ]')}\b", text):
                     self._left_out.add(field)
                     self._note(f"{field} left out: the endpoint refuses it")
                     return dropped
@@ -693,6 +705,26 @@ def _content(choice: dict[str, Any]) -> str:
             part.get("text", "") for part in content if isinstance(part, dict) and part.get("type") == "text"
         )
     return content if isinstance(content, str) else ""
+
+
+def _one_of(choices: Sequence[str]) -> dict[str, Any]:
+    """The response format of a JSON object that holds one of the choices."""
+    schema = {
+        "type": "object",
+        "properties": {"choice": {"type": "string", "enum": choices}},
+        "required": ["choice"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "choice", "strict": True, "schema": schema}}
+
+
+def _unwrapped(text: str) -> str:
+    """The choice in such an object; any other reply as it is."""
+    try:
+        choice = json.loads(text)["choice"]
+    except (ValueError, TypeError, LookupError):
+        return text
+    return choice if isinstance(choice, str) else text
 
 
 def _flat(body: object) -> str:

@@ -12,7 +12,7 @@ Script = Callable[[list[Message], str], str | Reply | Awaitable[str | Reply]]
 
 
 class Scripted(Engine):
-    """Answers with script(messages, prefill). A text counts as a finished reply with one token per word."""
+    """Answers with script(messages, prefill), whatever the choices. A text is a finished reply with one token per word."""
 
     def __init__(self, model: Model, script: Script):
         super().__init__(model)

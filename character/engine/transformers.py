@@ -8,7 +8,7 @@ which others shared its batch.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class _Request:
     @property
     def kind(self) -> tuple[Path | None, Sampling]:
         """Requests of one kind can share a batch."""
-        return self.adapter, replace(self.sampling, seed=0)
+        return self.adapter, replace(self.sampling, seed=0, choices=())
 
 
 class TransformersEngine(Engine):
@@ -183,6 +183,13 @@ class TransformersEngine(Engine):
         prompts = [request.prompt.ids for request in batch]
         limits = [min(sampling.max_tokens, self.chat.context - len(prompt)) for prompt in prompts]
         seeds = [self.seed ^ request.sampling.seed for request in batch]
+        choices = [
+            [
+                self.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in self.choices(request.sampling)
+            ]
+            for request in batch
+        ]
 
         def goes_on(row: int, new: list[int]) -> bool:
             request = batch[row]
@@ -192,7 +199,16 @@ class TransformersEngine(Engine):
             return not request.future.done()
 
         with self._using(adapter):
-            answers = decode(self.network, prompts, sampling, seeds, self._stops, limits, goes_on)
+            answers = decode(
+                self.network,
+                prompts,
+                sampling,
+                seeds,
+                self._stops,
+                limits,
+                goes_on,
+                lambda row, new: allowed_next(choices[row], new, self._stops),
+            )
         return [self._reply(request, new) for request, new in zip(batch, answers, strict=True)]
 
     def _using(self, adapter: Path | None) -> Any:
@@ -256,11 +272,13 @@ def decode(
     stops: frozenset[int],
     limits: Sequence[int] | None = None,
     goes_on: Callable[[int, list[int]], bool] = lambda row, new: True,
+    allowed: Callable[[int, list[int]], Collection[int]] = lambda row, new: (),
 ) -> list[list[int]]:
     """New token ids for each prompt, the stop token included where it came.
 
     limits: the most new tokens of each row (default: the sampling's). goes_on: told a row and its new tokens so far
-    after each one, says whether the row is still wanted.
+    after each one, says whether the row is still wanted. allowed: told the same before each one, names the tokens that
+    may come; none for any.
     What all prompts begin with is computed once and attended to as one block; a row leaves the batch when it stops.
     """
     import torch
@@ -289,7 +307,13 @@ def decode(
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            token = sample(output.logits[:, -1].float(), seen, sampling, draws)
+            logits = output.logits[:, -1].float()
+            for index, row in enumerate(rows):
+                if tokens := list(allowed(row, answers[row])):
+                    kept = logits[index, tokens]
+                    logits[index] = -torch.inf
+                    logits[index, tokens] = kept
+            token = sample(logits, seen, sampling, draws)
             seen.scatter_(1, token[:, None], True)
             for row, value in zip(rows, token.tolist(), strict=True):
                 answers[row].append(value)
@@ -331,6 +355,13 @@ def sample(logits: Any, seen: Any, sampling: Sampling, draws: list[Any]) -> Any:
     # Rounding may put the point past the last token that is allowed.
     chosen = torch.minimum(chosen, (probabilities > 0).sum(-1, keepdim=True) - 1)
     return order.gather(1, chosen)[:, 0]
+
+
+def allowed_next(choices: Sequence[list[int]], new: list[int], stops: frozenset[int]) -> set[int]:
+    """The tokens that may follow `new` on the way to one of `choices` with a stop token after it; none without choices."""
+    begun = [choice for choice in choices if choice[: len(new)] == new]
+    going = {choice[len(new)] for choice in begun if len(choice) > len(new)}
+    return going | stops if new in begun else going
 
 
 def _seen(prompts: list[list[int]], vocabulary: int) -> Any:

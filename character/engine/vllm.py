@@ -204,17 +204,19 @@ class VLLMEngine(Engine):
         pieces: Pieces | None = None,
     ) -> Reply:
         from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         if adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
+        choices = list(self.choices(sampling))
         parameters = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
+            structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
         )

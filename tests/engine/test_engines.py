@@ -15,8 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,14 @@ class Reference:
         stopped = new[-1] == end
         text = self.tokenizer.decode(new[:-1] if stopped else new)
         return Expected(text, "stop" if stopped else "length", len(prompt), len(new))
+
+    def likelier(self, messages: list[Message], letters: Sequence[str]) -> str:
+        """The letter, of those given, that the network would sooner begin its reply with."""
+        import torch
+
+        with torch.no_grad(), self.network.disable_adapter():
+            logits = self.network(torch.tensor([self.ids(messages)])).logits[0, -1]
+        return max(letters, key=lambda letter: float(logits[self.tokenizer.convert_tokens_to_ids(letter)]))
 
 
 def same(reply: Reply, expected: Expected) -> bool:
@@ -371,6 +379,23 @@ def test_sampling_settings_reach_the_model(ask: Ask, reference: Reference) -> No
         assert same(reply, reference.greedy(user(question)))
     free = [Sampling(temperature=2, top_p=1, repetition_penalty=1, max_tokens=24, seed=seed) for seed in range(6)]
     assert len({reply.text for reply in ask(*((user("Why walk?"), sampling) for sampling in free))}) == 6
+
+
+def test_a_reply_is_one_of_its_choices(ask: Ask, reference: Reference) -> None:
+    letters, places = ("1", "2", "B"), ("by the lamp", "by the lamp in the window", "under the stone")
+    one, warm = replace(GREEDY, choices=letters), Sampling(2.0, 1, 1, 24, choices=places)
+    calls = [
+        (user(text), sampling) for text in QUESTIONS for sampling in (one, GREEDY, replace(GREEDY, choices=places))
+    ]
+    replies = ask(*calls, *((user("Where is it?"), replace(warm, seed=seed)) for seed in range(12)))
+    greedy, drawn = replies[: len(calls)], replies[len(calls) :]
+    # The replies that share a batch have other choices, or none.
+    for text, reply, free in zip(QUESTIONS, greedy[::3], greedy[1::3], strict=True):
+        assert (reply.text, reply.finish_reason) == (reference.likelier(user(text), letters), "stop")
+        assert same(free, reference.greedy(user(text)))
+    for reply in (*greedy[2::3], *drawn):
+        assert reply.text in places and reply.finish_reason == "stop"
+    assert len({reply.text for reply in greedy[::3]}) > 1 and len({reply.text for reply in drawn}) > 1
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_prompt(ask: Ask, reference: Reference) -> None:

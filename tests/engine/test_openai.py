@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -554,6 +555,57 @@ def test_repetition_penalty_is_for_vllm() -> None:
     assert server.bodies[-1]["repetition_penalty"] == 1.2
     assert (server.bodies[-1]["top_k"], server.bodies[-1]["min_p"]) == (-1, 0)
     assert not any("repetition_penalty" in note for note in notes)
+
+
+# Choices.
+
+AB = replace(SAMPLING, choices=("A", "B"))
+REFUSALS = [
+    refusal("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."),
+    refusal("This response_format type is unavailable now"),
+    refusal("This model does not support response format `json_schema`.", param="response_format"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "noted"),
+    [
+        ('{"choice": "B"}', "B", False),
+        ("A", "A", False),
+        ("B, since it is kind.", "B, since it is kind.", True),
+        ('{"choice": 2}', '{"choice": 2}', True),
+        ('{"verdict": "A"}', '{"verdict": "A"}', True),
+        ("[1]", "[1]", True),
+        (None, "", True),
+    ],
+)
+def test_choices_are_asked_for_as_json_and_unwrapped(content: str | None, text: str, noted: bool) -> None:
+    reply, server, notes = ask(lambda request: completion(content), sampling=AB)
+    assert reply.text == text
+    given = server.bodies[0]["response_format"]["json_schema"]
+    assert given["strict"] and given["schema"]["properties"] == {"choice": {"type": "string", "enum": ["A", "B"]}}
+    assert any("does not keep to them" in note for note in notes) == noted
+    assert "response_format" not in ask(lambda request: completion('{"choice": "B"}'))[1].bodies[0]
+
+
+@pytest.mark.parametrize("answer", REFUSALS)
+def test_choices_are_left_out_where_they_are_refused(answer: Answer) -> None:
+    def script(request: Request) -> Answer | None:
+        return answer if "response_format" in request.body else completion("A")
+
+    reply, server, notes = ask(script, sampling=AB)
+    assert (reply.text, len(server.requests)) == ("A", 2)
+    assert server.bodies[-1] == {key: value for key, value in server.bodies[0].items() if key != "response_format"}
+    assert "response_format left out: the endpoint refuses it" in notes
+
+
+def test_vllm_and_a_model_that_reasons_take_choices_in_their_own_way() -> None:
+    for prefill in ("", "I say"):
+        _, server, _ = ask(vllm(), sampling=AB, models=VLLM, prefill=prefill)
+        assert server.bodies[-1]["structured_outputs"] == {"choice": ["A", "B"]}
+    reply, server, notes = ask(lambda request: completion("<think>\nHm.</think>B"), sampling=AB, model=THINKER)
+    assert reply.text == "<think>\nHm.</think>B" and notes == [f"endpoint {server_url(notes)}"]
+    assert "response_format" not in server.bodies[0]
 
 
 @pytest.mark.parametrize(

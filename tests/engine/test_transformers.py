@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ import pytest
 
 from character.engine import Message, Reply, Sampling
 from character.engine import transformers as engine_module
-from character.engine.transformers import MIN_SHARED, TransformersEngine, decode, load_model, sample, stop_ids
-from character.models import Model
+from character.engine.transformers import (
+    MIN_SHARED,
+    TransformersEngine,
+    allowed_next,
+    decode,
+    load_model,
+    sample,
+    stop_ids,
+)
+from character.models import Model, Reasoning
 from character.utils import UserError
 
 GREEDY = Sampling(temperature=0, top_p=1, repetition_penalty=1, max_tokens=20)
@@ -145,6 +154,52 @@ def test_each_row_has_its_own_limit(loaded: tuple[Any, Any]) -> None:
     assert all(answer == full[: len(answer)] for answer, full in zip(answers, whole, strict=True))
 
 
+# Choices.
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ([], {1, 9}),
+        ([1], {2, 5}),
+        ([1, 2], {3, 7, 8}),
+        ([1, 2, 3], {7, 8}),
+        ([1, 5], {7, 8}),
+        ([9], {9}),
+        ([9, 9], {7, 8}),
+    ],
+)
+def test_a_choice_goes_on_or_ends_the_turn(new: list[int], expected: set[int]) -> None:
+    choices = [[1, 2], [1, 2, 3], [1, 5], [9, 9]]
+    assert allowed_next(choices, new, frozenset({7, 8})) == expected
+    assert allowed_next([], new, frozenset({7, 8})) == set(), "a free reply"
+
+
+def test_choices_are_drawn_as_often_as_the_network_says(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    network, tokenizer = loaded
+    stops = stop_ids(network, tokenizer)
+    prompt, free = prompts_of(tokenizer, ENDINGS[:2])
+    choices = [tokenizer.convert_tokens_to_ids([letter]) for letter in "ABC"]
+    with torch.no_grad():
+        logits = network(torch.tensor([prompt])).logits[0, -1]
+    expected = (logits[[letter for [letter] in choices]] / WARM.temperature).softmax(-1)
+    even = Sampling(WARM.temperature, 1, 1, 16)
+    draws = 400
+
+    def allowed(row: int, new: list[int]) -> set[int]:
+        return allowed_next(choices if row else [], new, stops)
+
+    prompts, seeds = [free] + [prompt] * draws, list(range(draws + 1))
+    unbound, *answers = decode(network, prompts, even, seeds, stops, allowed=allowed)
+    assert unbound == decode(network, [free], even, [0], stops)[0], "a row without choices is as it would be alone"
+    assert {len(answer) for answer in answers} == {2} and {answer[1] for answer in answers} <= stops
+    shares = torch.tensor([sum(answer[:1] == choice for answer in answers) / draws for choice in choices])
+    assert shares.sum() == 1
+    assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
 # Sampling.
 
 
@@ -248,6 +303,28 @@ def test_waiting_requests_share_a_batch_and_none_depends_on_it(
             )
             assert sorted(sizes) == [1, 2] and found[0] != found[1]
             assert found[0] == together[:1]
+
+    asyncio.run(run())
+
+
+def test_replies_with_other_choices_share_a_batch(
+    start: Callable[..., TransformersEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [("yes", "no"), ("rain", "a root"), ()]
+
+    async def run() -> None:
+        async with start() as engine:
+            sizes = batches_of(engine, monkeypatch)
+            [free] = await ask(engine, WARM, "Who?")
+            bound = [replace(WARM, choices=choices) for choices in wanted]
+            replies = await asyncio.gather(*(engine.reply(question("Who?"), sampling) for sampling in bound))
+            assert sizes == [1, 3]
+            assert replies[0].text in wanted[0] and replies[1].text in wanted[1] and replies[2] == free
+            [continued] = await asyncio.gather(engine.reply(question("Who?"), bound[1], prefill="Of"))
+            assert continued.text in wanted[1]
+            # One that reasons has to think first.
+            engine.model = replace(engine.model, reasoning=Reasoning())
+            assert (await engine.reply(question("Who?"), bound[0])).completion_tokens == free.completion_tokens
 
     asyncio.run(run())
 
