@@ -10,11 +10,14 @@ With no model named it takes the bundled one, on the CPU.
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from character import cli, constitution, rows
@@ -24,6 +27,7 @@ from character.engine import has_gpu
 from character.models import resolve
 from character.robustness.classify import run_classifier
 from character.robustness.generate import variants
+from character.utils import UserError
 
 # Sizes; None is the step's own default. paper is the method's; quick is for a look at the bundled model's.
 SIZES: dict[str, dict[str, int | None]] = {
@@ -78,6 +82,10 @@ class Args:
     conversations: int | None = cli.flag(None, "conversations, free and leading each, likewise")
     turns: int | None = cli.flag(None, "turns per conversation, likewise")
     judged: int | None = cli.flag(None, "evaluation messages, likewise")
+    only: list[str] = cli.flag([], "the steps to run, by name (default: all; --dry-run lists them)")
+    skip: list[str] = cli.flag([], "steps to leave out, by name")
+    seeds: int = cli.flag(1, "whole runs with seeds of their own: --seed, the one after it, and on")
+    jobs: int | None = cli.flag(None, "steps at once (default: as many as cores for the bundled model on a CPU, else 1)")
     introspection: bool = cli.flag(True, "reflections, conversations, SFT and the merged adapter")
     seed: int = cli.flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = cli.flag(False, "start every step anew")
@@ -86,10 +94,12 @@ class Args:
 
 @dataclass
 class Step:
-    """A step: its module under `character` and its flags."""
+    """A step: its name, its module under `character`, its flags, and the names of the steps whose files it reads."""
 
+    name: str
     module: str
     flags: list[str]
+    needs: tuple[str, ...] = ()
 
     @property
     def script(self) -> str:
@@ -98,8 +108,12 @@ class Step:
             "tools/merge_loras.py" if self.module == "merge_loras" else f"character/{self.module.replace('.', '/')}.py"
         )
 
-    def run(self) -> None:
-        """Do the step in this process, as its command line would; in a dry run, say what an error means for it."""
+    def run(self, output: str | None) -> None:
+        """Do the step in this process, as its command line would. output: the file that gets what it prints."""
+        if output:
+            with open(output, "ab") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
         sys.argv = [self.script, *self.flags]
         if "--dry-run" not in self.flags:
             runpy.run_path(str(ROOT / self.script), run_name="__main__")
@@ -108,6 +122,16 @@ class Step:
             runpy.run_path(str(ROOT / self.script), run_name="__main__")
         if said.getvalue():
             print("not known before earlier steps are done:", said.getvalue().strip().removeprefix("error: "))
+
+
+@dataclass
+class Running:
+    """A step at work. output: the file that gets what it prints; None where it prints to the terminal."""
+
+    step: Step
+    process: Any
+    begun: float
+    output: Path | None
 
 
 def plan(args: Args) -> list[Step]:
@@ -133,33 +157,51 @@ def plan(args: Args) -> list[Step]:
 
     dpo = _flags(**POCKET_DPO) if pocket else []
     steps = [
-        Step("distillation.teacher", [*one, *_flags(limit=size["messages"]), *of_teacher, *common]),
-        Step("distillation.student", [*one, *_flags(teacher=guide), *by_student]),
-        Step("distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry]),
-        Step("distillation.train", [*one, *student, *dpo, *common]),
+        Step("teacher", "distillation.teacher", [*one, *_flags(limit=size["messages"]), *of_teacher, *common]),
+        Step("student", "distillation.student", [*one, *_flags(teacher=guide), *by_student], ("teacher",)),
+        Step("pairs", "distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry], ("student",)),
+        Step("dpo", "distillation.train", [*one, *student, *dpo, *common], ("pairs",)),
     ]
-    methods = ["base", "distilled"]
+    methods = ["distilled"]
+    trained = "dpo"
     if args.introspection:
         methods += ["merged", "sequential"]
+        trained = "sequential"
         sft = _flags(**POCKET_SFT) if pocket else []
         talk = _flags(samples=size["conversations"], turns=size["turns"])
         merge = ["merge", *one, *_flags(model=args.model, overwrite=True)]
+        told = ("reflections", "conversations", "leading")
         steps += [
-            Step("introspection.self_reflection", [*one, *_flags(samples=size["reflections"]), *by_student]),
-            Step("introspection.self_interaction", [*one, *talk, *by_student]),
-            Step("introspection.self_interaction", ["--leading", *one, *talk, *by_student]),
-            Step("introspection.data", [*one, *student, *_flags(seed=args.seed), *dry]),
-            Step("introspection.train", [*one, *student, *sft, *common]),
-            Step("merge_loras", merge),
-            Step("merge_loras", [*merge, "--sequential"]),
+            Step("reflections", "introspection.self_reflection", [*one, *_flags(samples=size["reflections"]), *by_student], ("dpo",)),
+            Step("conversations", "introspection.self_interaction", [*one, *talk, *by_student], ("dpo",)),
+            Step("leading", "introspection.self_interaction", ["--leading", *one, *talk, *by_student], ("dpo",)),
+            Step("rows", "introspection.data", [*one, *student, *_flags(seed=args.seed), *dry], told),
+            Step("sft", "introspection.train", [*one, *student, *sft, *common], ("rows",)),
+            Step("merge", "merge_loras", merge, ("sft",)),
+            Step("sequential", "merge_loras", [*merge, "--sequential"], ("merge",)),
         ]
     # The other personas' answers, by which the classifier tells this one from them.
     everyone = _flags(constitution="all", limit=per_class, seed=args.seed)
-    steps.append(Step("distillation.teacher", [*everyone, *of_teacher, *dry]))
-    steps.append(Step("robustness.generate.prompted", [*one, *judged, *by_student]))
-    steps.append(Step("robustness.generate.trained", ["--method", *methods, *one, *judged, *by_student]))
+    answers = [*one, *judged, *by_student]
+    steps += [
+        Step("personas", "distillation.teacher", [*everyone, *of_teacher, *dry], ("teacher",)),
+        Step("base", "robustness.generate.trained", ["--method", "base", *answers]),
+        Step("prompted", "robustness.generate.prompted", answers),
+        Step("trained", "robustness.generate.trained", ["--method", *methods, *answers], (trained,)),
+    ]
     classes = _flags(model=args.model, teacher=guide, per_class=per_class)
-    return [*steps, Step("robustness.classify.run_classifier", [*one, *classes])]
+    read = ("student", "personas", "base", "prompted", "trained")
+    steps.append(Step("classifier", "robustness.classify.run_classifier", [*one, *classes], read))
+    return _selected(steps, args)
+
+
+def _selected(steps: list[Step], args: Args) -> list[Step]:
+    """The steps that --only and --skip leave. Raises UserError for a name that is none's."""
+    names = [step.name for step in steps]
+    for name in (*args.only, *args.skip):
+        if name not in names:
+            raise UserError(f"no step '{name}'; the steps are: {', '.join(names)}")
+    return [step for step in steps if (step.name in args.only or not args.only) and step.name not in args.skip]
 
 
 def _flags(**values: object) -> list[str]:
@@ -173,26 +215,56 @@ def _flags(**values: object) -> list[str]:
     return found
 
 
-def run_steps(steps: list[Step], dry_run: bool) -> None:
-    """Run the steps, each in a process of its own; exit with a failed one's code, its own message being the last line."""
+def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
+    """Run the steps, each in a process of its own, up to `jobs` at once, as soon as those they need are done.
+
+    Where several run at once, what a step prints is shown when it ends. The first failure ends the job with that
+    step's code, its own message being the last line.
+    """
     processes = _processes()
-    for number, step in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] python {step.script} {' '.join(step.flags)}", flush=True)
-        if dry_run and "--dry-run" not in step.flags:
-            continue
-        begun = time.time()
-        process = processes.Process(target=step.run)
-        process.start()
+    number = {step.name: place for place, step in enumerate(steps, 1)}
+    waiting = [step for step in steps if not dry_run or "--dry-run" in step.flags]
+    running: list[Running] = []
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            process.join()
+            while waiting or running:
+                unfinished = {step.name for step in (*waiting, *(one.step for one in running))}
+                ready = [step for step in waiting if not unfinished.intersection(step.needs)]
+                for step in ready[: jobs - len(running)]:
+                    waiting.remove(step)
+                    title = f"[{number[step.name]}/{len(steps)}] {step.name}"
+                    print(f"\n{title}: python {step.script} {' '.join(step.flags)}", flush=True)
+                    output = Path(folder) / step.name if jobs > 1 else None
+                    process = processes.Process(target=step.run, args=(output and str(output),))
+                    process.start()
+                    running.append(Running(step, process, time.time(), output))
+                multiprocessing.connection.wait([one.process.sentinel for one in running])
+                for one in [one for one in running if not one.process.is_alive()]:
+                    running.remove(one)
+                    _finished(one, dry_run)
         except KeyboardInterrupt:
-            process.join()
+            # It reached the steps too, which keep what is finished.
+            for one in running:
+                one.process.join()
             sys.exit(130)
-        code = process.exitcode or 0
-        if code:
-            sys.exit(code if code > 0 else 128 - code)
-        if not dry_run:
-            print(f"    {time.time() - begun:.1f} s", flush=True)
+        finally:
+            for one in running:
+                one.process.terminate()
+                one.process.join()
+
+
+def _finished(one: Running, dry_run: bool) -> None:
+    """Show what a step printed and how long it took; exit with its code where it failed."""
+    one.process.join()
+    code = one.process.exitcode
+    said = one.output.read_text(encoding="utf-8", errors="replace") if one.output and one.output.exists() else ""
+    if code:
+        print(said, end="", file=sys.stderr, flush=True)
+        sys.exit(code if code > 0 else 128 - code)
+    if one.output:
+        print(f"\n{one.step.name} is done:\n{said}", end="")
+    if not dry_run:
+        print(f"    {time.time() - one.begun:.1f} s", flush=True)
 
 
 def _processes() -> Any:
