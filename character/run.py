@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from character import cli, constitution, rows
-from character.constants import LORA_PATH, ROOT
+from character import cli, constitution, rows, seeds
+from character.constants import DATA_PATH, FIGURE_PATH, LORA_PATH, ROOT
 from character.distillation import teacher, train
 from character.engine import has_gpu
 from character.models import resolve
@@ -68,7 +69,7 @@ PRELOADED = [
 class Args:
     """Arguments of the whole job."""
 
-    constitution: str = cli.flag("humor", "the constitution's name or file")
+    constitution: str = cli.flag("humor", "names or files of constitutions, with commas between, or 'all'")
     model: str = cli.flag("pocket", "the student: short name, repo id or folder")
     teacher: str | None = cli.flag(None, "the teacher (default: the student itself, with the constitution)")
     name: str | None = cli.flag(None, "the student's family name, where it cannot be read off the model's id")
@@ -85,7 +86,9 @@ class Args:
     only: list[str] = cli.flag([], "the steps to run, by name (default: all; --dry-run lists them)")
     skip: list[str] = cli.flag([], "steps to leave out, by name")
     seeds: int = cli.flag(1, "whole runs with seeds of their own: --seed, the one after it, and on")
-    jobs: int | None = cli.flag(None, "steps at once (default: as many as cores for the bundled model on a CPU, else 1)")
+    jobs: int | None = cli.flag(
+        None, "steps at once (default: as many as cores for the bundled model on a CPU, else 1)"
+    )
     introspection: bool = cli.flag(True, "reflections, conversations, SFT and the merged adapter")
     seed: int = cli.flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = cli.flag(False, "start every step anew")
@@ -172,7 +175,12 @@ def plan(args: Args) -> list[Step]:
         merge = ["merge", *one, *_flags(model=args.model, overwrite=True)]
         told = ("reflections", "conversations", "leading")
         steps += [
-            Step("reflections", "introspection.self_reflection", [*one, *_flags(samples=size["reflections"]), *by_student], ("dpo",)),
+            Step(
+                "reflections",
+                "introspection.self_reflection",
+                [*one, *_flags(samples=size["reflections"]), *by_student],
+                ("dpo",),
+            ),
             Step("conversations", "introspection.self_interaction", [*one, *talk, *by_student], ("dpo",)),
             Step("leading", "introspection.self_interaction", ["--leading", *one, *talk, *by_student], ("dpo",)),
             Step("rows", "introspection.data", [*one, *student, *_flags(seed=args.seed), *dry], told),
@@ -221,7 +229,7 @@ def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
     Where several run at once, what a step prints is shown when it ends. The first failure ends the job with that
     step's code, its own message being the last line.
     """
-    processes = _processes()
+    processes = _processes(jobs)
     number = {step.name: place for place, step in enumerate(steps, 1)}
     waiting = [step for step in steps if not dry_run or "--dry-run" in step.flags]
     running: list[Running] = []
@@ -267,7 +275,7 @@ def _finished(one: Running, dry_run: bool) -> None:
         print(f"    {time.time() - one.begun:.1f} s", flush=True)
 
 
-def _processes() -> Any:
+def _processes(jobs: int) -> Any:
     """How steps are started: on a CPU from a process that has the heavy imports, which take seconds, behind it.
 
     On a GPU each starts afresh, since an import may touch the driver, which a fork does not survive.
@@ -276,6 +284,8 @@ def _processes() -> Any:
         return multiprocessing.get_context("spawn")
     # Small models spend their time in small operations, between which threads should not spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -293,12 +303,28 @@ def show_samples(student: str, name: str, method: str) -> None:
 
 def main(args: Args) -> None:
     """Run every step, then say what came of it and where the files are."""
-    name = constitution.load(args.constitution).name
+    names = [traits.name for traits in constitution.load_selected(args.constitution)]
     student = resolve(args.model).short
+    steps = plan(args)
     begun = time.time()
-    run_steps(plan(args), args.dry_run)
+    run_steps(steps, args.dry_run, args.jobs or default_jobs(student))
     if args.dry_run:
         return
+    if not (args.only or args.skip):
+        for name in names:
+            show_persona(args, student, name)
+    if args.seeds > 1:
+        run_further_seeds(args)
+    print(f"{time.time() - begun:.0f} s in all")
+
+
+def default_jobs(student: str) -> int:
+    """How many steps run at once: the bundled model is so small that a core each serves them best."""
+    return (os.cpu_count() or 1) if student == "pocket" and not has_gpu() else 1
+
+
+def show_persona(args: Args, student: str, name: str) -> None:
+    """Print samples of a persona and where its files are."""
     show_samples(student, name, "merged" if args.introspection else "distilled")
     guide = resolve(args.teacher or args.model, served=True).short
     adapter = LORA_PATH / f"{student}-personas" / name if args.introspection else train.path_of(name, student)
@@ -306,7 +332,21 @@ def main(args: Args) -> None:
     print(f"answers  {_short(teacher.path_of(name, guide))}")
     print(f"results  {_short(run_classifier.results_path(student, name))}")
     print(f"chat     python tools/interactive_it.py --model {args.model} --adapter {_short(adapter)}")
-    print(f"{time.time() - begun:.0f} s in all")
+
+
+def run_further_seeds(args: Args) -> None:
+    """Run the whole job again for each further seed, in folders of its own, then print the figures over all runs."""
+    for seed in range(args.seed + 1, args.seed + args.seeds):
+        places = {
+            variable: str(folder / seeds.SEEDS / str(seed))
+            for variable, folder in (("DATA_PATH", DATA_PATH), ("LORA_PATH", LORA_PATH), ("FIGURE_PATH", FIGURE_PATH))
+        }
+        print(f"\nseed {seed}: files under {_short(places['DATA_PATH'])}", flush=True)
+        command = [sys.executable, "-m", "character.run", *sys.argv[1:], "--seed", str(seed), "--seeds", "1"]
+        code = subprocess.run(command, env=os.environ | places, check=False).returncode
+        if code:
+            sys.exit(code)
+    seeds.main(seeds.Args(args.model))
 
 
 def _short(path: object) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from character import cli, run
 from character.constants import ROOT
-from character.utils import read_json
+from character.utils import UserError, read_json
 
 SMALL = ["--limit", "24", "--judged", "4", "--reflections", "1", "--conversations", "2", "--turns", "2"]
 
@@ -29,6 +29,20 @@ def test_every_step_knows_its_flags(flags: list[str], monkeypatch: pytest.Monkey
         name = step.module if step.module == "merge_loras" else f"character.{step.module}"
         cli.parse(importlib.import_module(name).Args, step.flags)
         assert (ROOT / step.script).exists()
+
+
+def test_steps_are_chosen_by_name() -> None:
+    chosen = run.plan(cli.parse(run.Args, ["--only", "dpo", "teacher", "--skip", "dpo"]))
+    assert [step.name for step in chosen] == ["teacher"]
+    with pytest.raises(UserError, match="no step 'dop'; the steps are: teacher, student"):
+        run.plan(cli.parse(run.Args, ["--only", "dop"]))
+
+
+def test_needs_come_earlier_and_are_steps() -> None:
+    done: set[str] = set()
+    for step in run.plan(cli.parse(run.Args, [])):
+        assert done.issuperset(step.needs), step.name
+        done.add(step.name)
 
 
 def start(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
