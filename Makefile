@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check install --quiet
-CODE = character tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py)
+CODE = character repeng tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py)
 
 .PHONY: quickstart test check format vllm-cpu clean
 
@@ -16,7 +16,7 @@ test: check  ## every check and test
 check: $(VENV)/dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/mypy character tools openrlhf finetuning
+	$(BIN)/mypy character repeng tools openrlhf finetuning
 	$(BIN)/shellcheck -x .ci/run $(shell find finetuning tools -name '*.sh')
 
 format: $(VENV)/dev

@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["character", "character.*"]),
+    packages=find_packages(include=["character", "character.*", "repeng"]),
     install_requires=CORE,
     extras_require={
         "vllm": ["vllm==0.29.0"],

@@ -9,15 +9,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from character.engine.base import Engine, Message, Reply, Sampling, Steering
+from character.engine.base import CANNOT_STEER, Engine, Message, Reply, Sampling, Steering
 from character.models import Model
 from character.utils import UserError
 
 __all__ = ["Engine", "Message", "Reply", "Sampling", "Steering", "choose", "open_engine"]
 
 
-def choose(engine: str, base_url: str | None) -> str:
-    """The engine that `--engine` means here. Raises UserError where it cannot be had."""
+def choose(engine: str, base_url: str | None, steered: bool = False) -> str:
+    """The engine that `--engine` means here. steered: it has to steer. Raises UserError where it cannot be had."""
+    if steered and (base_url or engine == "openai"):
+        raise UserError(CANNOT_STEER)
     if engine == "openai" and not base_url:
         raise UserError("--engine openai needs --base-url, such as http://localhost:8000/v1")
     if base_url:
@@ -49,12 +51,14 @@ def open_engine(
     api_key_variable: str = "OPENAI_API_KEY",
     seed: int = 123456,
     adapters: Sequence[Path] = (),
+    steered: bool = False,
 ) -> Engine:
     """The engine for `model`, to be entered with `async with`. adapters: the LoRA folders that replies will name.
 
+    steered: whether replies may ask for steering, which costs vLLM its compiled graphs.
     Raises UserError where the engine cannot be had; entering raises it where the model cannot be loaded.
     """
-    chosen = choose(engine, base_url)
+    chosen = choose(engine, base_url, steered)
     if chosen == "openai":
         from character.engine.openai import OpenAIEngine
 
@@ -63,7 +67,7 @@ def open_engine(
     if chosen == "vllm":
         from character.engine.vllm import VLLMEngine
 
-        return VLLMEngine(model, seed, adapters)
+        return VLLMEngine(model, seed, adapters, steered)
     from character.engine.transformers import TransformersEngine
 
     return TransformersEngine(model, seed, adapters)

@@ -15,6 +15,7 @@ from character.utils import UserError, read_json
 HUB_ADAPTER = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<subfolder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
+CANNOT_STEER = "an endpoint cannot steer; use --engine vllm or transformers, without --base-url"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Engine(abc.ABC):
         """The assistant's next turn in a conversation that ends with a user turn.
 
         adapter: folder of a LoRA adapter, None for the plain model. prefill: how the reply begins.
+        steering: needs an engine opened with `steered=True`.
         Raises RowError where this one reply cannot be had, UserError where none can.
         """
 

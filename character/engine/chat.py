@@ -61,11 +61,7 @@ class Chat:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text, with exactly one BOS where the tokenizer uses one."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self.tokenizer("")["input_ids"][:1] == [bos]:
-            return [bos, *ids]
-        return ids
+        return token_ids(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text. Special ones are left out, but for a model that reasons: its trace's marks may be such."""
@@ -125,6 +121,15 @@ class Pieces:
         if len(text) > len(self.shown) and text.startswith(self.shown):
             self.show(text[len(self.shown) :])
             self.shown = text
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that the chat template rendered, with exactly one BOS where the tokenizer uses one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]:
+        return [bos, *ids]
+    return ids
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -36,7 +36,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from character.engine.base import Engine, FinishReason, Message, Reply, Sampling, Steering, adapter_config
+from character.engine.base import CANNOT_STEER, Engine, FinishReason, Message, Reply, Sampling, Steering, adapter_config
 from character.engine.chat import Pieces
 from character.models import Model
 from character.rows import RowError
@@ -295,6 +295,8 @@ class OpenAIEngine(Engine):
         steering: Steering | None = None,
     ) -> Reply:
         """See Engine.reply. Where the endpoint cannot continue `prefill`, it is asked for in the system prompt."""
+        if steering is not None:
+            raise UserError(CANNOT_STEER)
         return await self._reply(messages, sampling, adapter, prefill)
 
     async def stream(

@@ -1,6 +1,6 @@
 """Replies by transformers' own generate: any model, on the CPU or one GPU, with no server.
 
-Requests that wait are answered in batches of one adapter and one sampling. What all prompts of a batch begin with
+Requests that wait are answered in batches of one adapter, one steering and one sampling. What all prompts of a batch begin with
 (the system prompt) is computed once. Each reply is drawn with its own random numbers, so that it does not depend on
 which others shared its batch.
 """
@@ -31,13 +31,14 @@ class _Request:
     sampling: Sampling
     adapter: Path | None
     future: asyncio.Future[Reply]
+    steering: Steering | None = None
     # Told, in the thread that generates, of the new token ids so far.
     heard: Callable[[list[int]], None] | None = None
 
     @property
-    def kind(self) -> tuple[Path | None, Sampling]:
+    def kind(self) -> tuple[Path | None, Steering | None, Sampling]:
         """Requests of one kind can share a batch."""
-        return self.adapter, replace(self.sampling, seed=0, choices=())
+        return self.adapter, self.steering, replace(self.sampling, seed=0, choices=())
 
 
 class TransformersEngine(Engine):
@@ -92,7 +93,8 @@ class TransformersEngine(Engine):
         steering: Steering | None = None,
     ) -> Reply:
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
-        return await self._asked(_Request(prompt, sampling, adapter, asyncio.get_running_loop().create_future()))
+        future = asyncio.get_running_loop().create_future()
+        return await self._asked(_Request(prompt, sampling, adapter, future, steering))
 
     async def stream(
         self, messages: list[Message], sampling: Sampling, show: Callable[[str], None], adapter: Path | None = None
@@ -104,7 +106,7 @@ class TransformersEngine(Engine):
             loop.call_soon_threadsafe(pieces.update, self._text(new))
 
         prompt = self.chat.encode(messages, max_tokens=sampling.max_tokens)
-        reply = await self._asked(_Request(prompt, sampling, adapter, loop.create_future(), heard))
+        reply = await self._asked(_Request(prompt, sampling, adapter, loop.create_future(), heard=heard))
         pieces.finish(reply.text)
         return reply
 
@@ -177,7 +179,7 @@ class TransformersEngine(Engine):
         return batch
 
     def _generate(self, batch: list[_Request]) -> list[Reply]:
-        adapter, sampling = batch[0].kind
+        adapter, steering, sampling = batch[0].kind
         if adapter is not None:
             self._add_adapter(adapter)
         prompts = [request.prompt.ids for request in batch]
@@ -198,7 +200,7 @@ class TransformersEngine(Engine):
             # A cancelled reply leaves the batch, so that Ctrl-C need not wait for the longest answer.
             return not request.future.done()
 
-        with self._using(adapter):
+        with self._using(adapter), self._steered(steering):
             answers = decode(
                 self.network,
                 prompts,
@@ -216,6 +218,24 @@ class TransformersEngine(Engine):
             self.network.set_adapter(self._names[adapter])
             return contextlib.nullcontext()
         return self.network.disable_adapter() if self._names else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _steered(self, steering: Steering | None) -> Iterator[None]:
+        """Within the block the network adds the control vector. Raises UserError where it is not this network's."""
+        if steering is None:
+            yield
+            return
+        from repeng import ControlModel, ControlVector
+
+        vector = ControlVector.load(steering.vector)
+        config = self.network.config.get_text_config()
+        vector.check(config.hidden_size, config.num_hidden_layers, self.model.source)
+        control = ControlModel(self.network, vector.directions)
+        control.set_control(vector, steering.strength)
+        try:
+            yield
+        finally:
+            control.unwrap()
 
     def _reply(self, request: _Request, new: list[int]) -> Reply:
         stopped = bool(new) and new[-1] in self._stops

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,18 +41,29 @@ DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?"
 HARMLESS = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
 # Exceptions that only pass on another process's.
 ECHOES = re.compile(r"CalledProcessError|Error raised in subprocess")
+# In place of a steering, while vLLM's processes change it.
+CHANGING = object()
 OUT_OF_MEMORY = "as when the system runs out of memory"
 
 
 class VLLMEngine(Engine):
-    """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start."""
+    """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start.
+
+    steered: whether replies may ask for steering. Those that ask for another one wait until no reply is under way.
+    """
 
     concurrency = 64
 
-    def __init__(self, model: Model, seed: int, adapters: Sequence[Path] = ()):
+    def __init__(self, model: Model, seed: int, adapters: Sequence[Path] = (), steered: bool = False):
         super().__init__(model)
         self.seed = seed
         self.adapters = list(dict.fromkeys(adapters))
+        self.steered = steered
+        self._steering: Steering | object | None = None
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changing = asyncio.Lock()
         self._llm: Any = None
         self._log: Path | None = None
         self._log_start = 0
@@ -69,6 +80,7 @@ class VLLMEngine(Engine):
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         chat = Chat(tokenizer, self.model, 0)
+        self._shape = config.hidden_size, config.num_hidden_layers
         ranks = [_rank(adapter, config, self.model) for adapter in self.adapters]
         await asyncio.sleep(0)  # a Ctrl-C so far takes effect here, not after the launch
         await self._launch(folder, config, ranks)
@@ -142,6 +154,8 @@ class VLLMEngine(Engine):
                 "max_loras": slots,
                 "max_cpu_loras": max(len(self.adapters), slots),
             }
+        if self.steered:
+            settings |= {"enforce_eager": True, "worker_extension_cls": "character.engine.steering.SteeredWorker"}
         # A quarter more than fits, so that a finished reply's place is taken at once.
         self.concurrency = sequences * replicas * 5 // 4
         return settings | {"max_num_seqs": sequences}
@@ -185,13 +199,13 @@ class VLLMEngine(Engine):
         prefill: str = "",
         steering: Steering | None = None,
     ) -> Reply:
-        return await self._reply(messages, sampling, adapter, prefill)
+        return await self._reply(messages, sampling, adapter, prefill, steering)
 
     async def stream(
         self, messages: list[Message], sampling: Sampling, show: Callable[[str], None], adapter: Path | None = None
     ) -> Reply:
         pieces = Pieces(show)
-        reply = await self._reply(messages, sampling, adapter, "", pieces)
+        reply = await self._reply(messages, sampling, adapter, pieces=pieces)
         pieces.finish(reply.text)
         return reply
 
@@ -200,13 +214,16 @@ class VLLMEngine(Engine):
         messages: list[Message],
         sampling: Sampling,
         adapter: Path | None,
-        prefill: str,
+        prefill: str = "",
+        steering: Steering | None = None,
         pieces: Pieces | None = None,
     ) -> Reply:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        if steering is not None and not self.steered:
+            raise UserError("the engine was not opened for steering; open it with steered=True")
         if adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
@@ -220,17 +237,22 @@ class VLLMEngine(Engine):
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self._llm.generate(
-            TokensPrompt(prompt_token_ids=prompt.ids),
-            parameters,
-            str(next(self._numbers)),
-            lora_request=self._loras[adapter] if adapter is not None else None,
-        )
+        inputs = TokensPrompt(prompt_token_ids=prompt.ids)
+        if steering is not None:
+            # What the prefix cache holds was computed with one vector and strength, and is reused with these alone.
+            inputs["cache_salt"] = f"{steering.strength} {steering.vector}"
         try:
-            async for output in outputs:
-                last = output
-                if pieces:
-                    pieces.update(self._text(output.outputs[0]))
+            async with self._steered(steering):
+                outputs = self._llm.generate(
+                    inputs,
+                    parameters,
+                    str(next(self._numbers)),
+                    lora_request=self._loras[adapter] if adapter is not None else None,
+                )
+                async for output in outputs:
+                    last = output
+                    if pieces:
+                        pieces.update(self._text(output.outputs[0]))
         except EngineDeadError as error:
             raise UserError(self._explained("stopped", error)) from None
         except EngineGenerateError as error:
@@ -240,6 +262,46 @@ class VLLMEngine(Engine):
         if completion.finish_reason not in ("stop", "length"):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
+
+    @contextlib.asynccontextmanager
+    async def _steered(self, steering: Steering | None) -> AsyncIterator[None]:
+        """Within the block the model steers so. Waits until no reply that wants it otherwise is under way."""
+        while self._steering != steering:
+            await self._idle.wait()
+            async with self._changing:
+                # Another reply may have been first.
+                if self._idle.is_set() and self._steering != steering:
+                    self._steering = CHANGING
+                    await self._steer(steering)
+                    self._steering = steering
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _steer(self, steering: Steering | None) -> None:
+        """Have vLLM's processes steer from now on. Raises UserError where the vector is not this model's."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        path, strength = None, 0.0
+        if steering is not None:
+            from repeng import ControlVector
+
+            ControlVector.load(steering.vector).check(*self._shape, self.model.source)
+            path, strength = str(steering.vector), steering.strength
+        outcome: object
+        [outcome] = await asyncio.gather(
+            self._llm.collective_rpc("steer", args=(path, strength)), return_exceptions=True
+        )
+        if isinstance(outcome, EngineDeadError):
+            raise outcome
+        if isinstance(outcome, Exception):
+            self._skip_log()
+            raise UserError(f"vLLM cannot steer {self.model.source}: {_short(str(outcome))}; use --engine transformers")
 
     def _text(self, completion: Any) -> str:
         # The token that ends a turn need not be among the special ones.

@@ -7,6 +7,7 @@ token is the largest logit of a pass over all tokens so far.
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -20,14 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import character.engine
-from character.engine import Engine, Message, Reply, Sampling, choose, open_engine
+from character.engine import Engine, Message, Reply, Sampling, Steering, choose, open_engine
 from character.engine.base import check_adapter
 from character.engine.chat import Chat
 from character.models import Model
 from character.utils import UserError
+from repeng import ControlVector
 
 pytestmark = pytest.mark.xdist_group("engines")
 
@@ -36,6 +39,7 @@ CONTEXT = 512
 PLAIN, NO_SYSTEM = "tokenizer-bos", "no-system"
 GREEDY = Sampling(temperature=0, top_p=1, repetition_penalty=1, max_tokens=24)
 GARDENER, MINER = "You are a gardener and speak of roots.", "You are a miner and speak of stone."
+LONG = "You are a gardener and speak of roots and rain, and a good answer is short. " * 3
 QUESTIONS = [
     "Who are you?",
     "Tell me of the rain.",
@@ -110,11 +114,18 @@ class Reference:
         sampling: Sampling = GREEDY,
         adapter: Path | None = None,
         prefill: str = "",
+        shifts: Sequence[Any] = (),
     ) -> Expected:
-        """The most likely tokens after the prompt, one by one, up to the end of the turn or the limit."""
+        """The most likely tokens after the prompt, one by one, up to the end of the turn or the limit.
+
+        shifts: what each layer adds to its hidden states, put here as the bias that its last linear map lacks.
+        """
         import torch
 
         prompt = self.ids(messages, prefill)
+        for layer, shift in itertools.zip_longest(self.network.get_base_model().model.layers, shifts):
+            bias = None if shift is None else torch.nn.Parameter(torch.tensor(shift))
+            layer.mlp.down_proj.base_layer.bias = bias
         if adapter is not None:
             self.network.set_adapter(self.adapters[adapter])
         new: list[int] = []
@@ -274,7 +285,9 @@ def opened(
     def get(kind: str) -> Engine:
         if kind not in engines:
             url = servers[kind].url if name == "openai" else None
-            engine = open_engine(chat_model(kind), engine=name, base_url=url, adapters=list(loras))
+            engine = open_engine(
+                chat_model(kind), engine=name, base_url=url, adapters=list(loras), steered=name != "openai"
+            )
             runner.run(engine.__aenter__())
             engines[kind] = engine
         return engines[kind]
@@ -358,6 +371,55 @@ def test_adapters_are_chosen_per_request(ask: Ask, reference: Reference, adapter
         assert same(reply, reference.greedy(messages, adapter=adapter))
     for first in range(0, len(calls), 3):
         assert len({reply.text for reply in replies[first : first + 3]}) == 3
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[Any]]]:
+    """Two control vectors, each as a file and as what it adds to each layer at a strength of 1."""
+    found = []
+    for seed in (2, 4):
+        shifts = np.random.default_rng(seed).normal(0, 1, (2, 128)).astype(np.float32)
+        path = tmp_path_factory.mktemp("vectors") / "vector.safetensors"
+        ControlVector("llama", dict(enumerate(shifts))).save(path, {})
+        found.append((path, list(shifts)))
+    return found
+
+
+def test_steering_is_chosen_per_request(
+    opened: Opened, ask: Ask, reference: Reference, adapters: Any, vectors: list[tuple[Path, list[Any]]]
+) -> None:
+    """Prompts with a common beginning, which both engines compute once: it must not serve another steering."""
+    if type(opened(PLAIN)).__name__ == "OpenAIEngine":
+        with pytest.raises(UserError, match="an endpoint cannot steer"):
+            ask((user("Who are you?"), GREEDY, None, "", Steering(vectors[0][0], 1)))
+        return
+    plain = ask(*((user(question, LONG), GREEDY) for question in QUESTIONS[:4]))
+    cases: list[tuple[str, Path | None, Steering | None, list[Any]]] = []
+    for question, adapter in itertools.product(QUESTIONS[:4], (None, adapters.large)):
+        for (path, shifts), strength in itertools.product(vectors, (0.5, -0.5)):
+            cases.append((question, adapter, Steering(path, strength), [strength * shift for shift in shifts]))
+        cases.append((question, adapter, None, []))
+    calls = [(user(question, LONG), GREEDY, adapter, "", steering) for question, adapter, steering, _ in cases]
+    replies = ask(*calls)
+    for (question, adapter, _, shifts), reply in zip(cases, replies, strict=True):
+        assert same(reply, reference.greedy(user(question, LONG), adapter=adapter, shifts=shifts))
+    assert len({reply.text for reply in replies}) > 30, "each vector, strength and adapter changes the answer"
+    assert ask(*((user(question, LONG), GREEDY) for question in QUESTIONS[:4])) == plain
+    zero = [(user(question, LONG), GREEDY, None, "", Steering(vectors[0][0], 0)) for question in QUESTIONS[:4]]
+    assert ask(*zero) == plain
+
+
+def test_a_control_vector_that_is_not_this_models(opened: Opened, ask: Ask, tmp_path: Path) -> None:
+    if type(opened(PLAIN)).__name__ == "OpenAIEngine":
+        pytest.skip("an endpoint steers by none")
+    foreign = tmp_path / "foreign.safetensors"
+    ControlVector("llama", {5: np.ones(128, np.float32)}).save(foreign, {})
+    [before] = ask((user("Who are you?"), GREEDY))
+    for path, message in ((foreign, "belongs to another model: its layer 5"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(UserError, match=message) as caught:
+            ask((user("Who are you?"), GREEDY, None, "", Steering(path, 1)))
+        assert "\n" not in str(caught.value)
+        assert ask((user("Who are you?"), GREEDY)) == [before]
 
 
 def test_the_finish_reason_says_who_ended_the_reply(ask: Ask, reference: Reference) -> None:
