@@ -44,6 +44,8 @@ LINE = re.compile(rb'\{"id": "([0-9a-f]{16})"(, "dropped": )?')
 # Fields whose sums the meta file has; dropped_turns: oldest messages that did not fit into the context.
 TOTALS = ("prompt_tokens", "completion_tokens", "dropped_turns")
 Row = dict[str, Any]
+# While the whole job is dry-run: file → its rows, as far as they are known before the steps have run; else None.
+planned: dict[Path, list[Row]] | None = None
 
 
 class RowError(Exception):
@@ -310,12 +312,25 @@ def _scan(path: Path) -> dict[str, tuple[int, bool]]:
     return found
 
 
+def is_planned(path: Path) -> bool:
+    """Whether an earlier step of a job that is dry-run would write `path`."""
+    return planned is not None and path in planned
+
+
+def plan(path: Path, found: Iterable[Row]) -> None:
+    """Remember, for the later steps of a job that is dry-run, that `path` would get these rows."""
+    if planned is not None:
+        planned.setdefault(path, []).extend(found)
+
+
 def read(path: Path, *fields: str, made_by: str) -> list[Row]:
-    """The kept rows of a finished file, each with `fields`.
+    """The kept rows of a finished file, each with `fields`; of a planned one, what is known of its rows.
 
     made_by: the command that writes the file, named where it is missing or unfinished. A JSONL file of the person's
     own, without a meta file, is read as it is. Raises UserError for a missing, unfinished, empty or broken file.
     """
+    if planned is not None and path in planned:
+        return planned[path]
     if not path.exists():
         partial = path.with_suffix(".partial.jsonl")
         state = "is unfinished" if partial.exists() else "does not exist"
@@ -356,7 +371,9 @@ def write(path: Path, rows: Iterable[Row], settings: Mapping[str, Any], dropped:
     return kept
 
 
-def file_digest(path: Path) -> str:
-    """A hash of a file's content, by which a later stage knows its input again."""
+def file_digest(path: Path) -> str | None:
+    """A hash of a file's content, by which a later stage knows its input again; None of a planned file."""
+    if is_planned(path):
+        return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

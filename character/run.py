@@ -7,8 +7,6 @@ Each step is a process of its own; complete ones are skipped. It stops at the fi
 With no model named it takes the bundled one, on the CPU.
 """
 
-import contextlib
-import io
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -93,6 +91,8 @@ class Args:
     seed: int = cli.flag(123456, "seed of data, shuffles and sampling")
     overwrite: bool = cli.flag(False, "start every step anew")
     dry_run: bool = cli.flag(False, "print the steps with what each would do; load no model")
+    generated_per_second: float | None = cli.flag(None, "tokens your machine writes; --dry-run then tells the time")
+    trained_per_second: float | None = cli.flag(None, "tokens your machine trains on, likewise")
 
 
 @dataclass
@@ -111,20 +111,14 @@ class Step:
             "tools/merge_loras.py" if self.module == "merge_loras" else f"character/{self.module.replace('.', '/')}.py"
         )
 
-    def run(self, output: str | None) -> None:
+    def run(self, output: str | None = None) -> None:
         """Do the step in this process, as its command line would. output: the file that gets what it prints."""
         if output:
             with open(output, "ab") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
         sys.argv = [self.script, *self.flags]
-        if "--dry-run" not in self.flags:
-            runpy.run_path(str(ROOT / self.script), run_name="__main__")
-            return
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
-            runpy.run_path(str(ROOT / self.script), run_name="__main__")
-        if said.getvalue():
-            print("not known before earlier steps are done:", said.getvalue().strip().removeprefix("error: "))
+        runpy.run_path(str(ROOT / self.script), run_name="__main__")
 
 
 @dataclass
@@ -155,7 +149,8 @@ def plan(args: Args) -> list[Step]:
     remote = _flags(base_url=args.base_url, api_key_variable=args.api_key_variable) if args.base_url else local
     tokens = _flags(max_tokens=size["max_tokens"])
     of_teacher = [*_flags(teacher=guide, samples=size["samples"]), *tokens, *remote]
-    by_student = [*student, *tokens, *local, *common]
+    by_student = [*student, *tokens, *local, *common, *_flags(tokens_per_second=args.generated_per_second)]
+    by_trainer = [*student, *common, *_flags(tokens_per_second=args.trained_per_second)]
     judged = _flags(limit=size["judged"])
 
     dpo = _flags(**POCKET_DPO) if pocket else []
@@ -163,7 +158,7 @@ def plan(args: Args) -> list[Step]:
         Step("teacher", "distillation.teacher", [*one, *_flags(limit=size["messages"]), *of_teacher, *common]),
         Step("student", "distillation.student", [*one, *_flags(teacher=guide), *by_student], ("teacher",)),
         Step("pairs", "distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry], ("student",)),
-        Step("dpo", "distillation.train", [*one, *student, *dpo, *common], ("pairs",)),
+        Step("dpo", "distillation.train", [*one, *dpo, *by_trainer], ("pairs",)),
     ]
     methods = ["distilled"]
     trained = "dpo"
@@ -172,7 +167,7 @@ def plan(args: Args) -> list[Step]:
         trained = "sequential"
         sft = _flags(**POCKET_SFT) if pocket else []
         talk = _flags(samples=size["conversations"], turns=size["turns"])
-        merge = ["merge", *one, *_flags(model=args.model, overwrite=True)]
+        merge = ["merge", *one, *_flags(model=args.model, overwrite=True), *dry]
         told = ("reflections", "conversations", "leading")
         steps += [
             Step(
@@ -184,7 +179,7 @@ def plan(args: Args) -> list[Step]:
             Step("conversations", "introspection.self_interaction", [*one, *talk, *by_student], ("dpo",)),
             Step("leading", "introspection.self_interaction", ["--leading", *one, *talk, *by_student], ("dpo",)),
             Step("rows", "introspection.data", [*one, *student, *_flags(seed=args.seed), *dry], told),
-            Step("sft", "introspection.train", [*one, *student, *sft, *common], ("rows",)),
+            Step("sft", "introspection.train", [*one, *sft, *by_trainer], ("rows",)),
             Step("merge", "merge_loras", merge, ("sft",)),
             Step("sequential", "merge_loras", [*merge, "--sequential"], ("merge",)),
         ]
@@ -199,7 +194,7 @@ def plan(args: Args) -> list[Step]:
     ]
     classes = _flags(model=args.model, teacher=guide, per_class=per_class)
     read = ("student", "personas", "base", "prompted", "trained")
-    steps.append(Step("classifier", "robustness.classify.run_classifier", [*one, *classes], read))
+    steps.append(Step("classifier", "robustness.classify.run_classifier", [*one, *classes, *dry], read))
     return _selected(steps, args)
 
 
@@ -223,7 +218,20 @@ def _flags(**values: object) -> list[str]:
     return found
 
 
-def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
+def foresee(steps: list[Step]) -> None:
+    """Dry-run the steps, here, where each knows what those before it would write; exit with the last failed one's code."""
+    rows.planned = {}
+    code: str | int | None = 0
+    for number, step in enumerate(steps, 1):
+        print(f"\n[{number}/{len(steps)}] {step.name}: python {step.script} {' '.join(step.flags)}", flush=True)
+        try:
+            step.run()
+        except SystemExit as stop:
+            code = stop.code
+    sys.exit(code)
+
+
+def run_steps(steps: list[Step], jobs: int) -> None:
     """Run the steps, each in a process of its own, up to `jobs` at once, as soon as those they need are done.
 
     Where several run at once, what a step prints is shown when it ends. The first failure ends the job with that
@@ -231,7 +239,7 @@ def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
     """
     processes = _processes(jobs)
     number = {step.name: place for place, step in enumerate(steps, 1)}
-    waiting = [step for step in steps if not dry_run or "--dry-run" in step.flags]
+    waiting = list(steps)
     running: list[Running] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -249,7 +257,7 @@ def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
                 multiprocessing.connection.wait([one.process.sentinel for one in running])
                 for one in [one for one in running if not one.process.is_alive()]:
                     running.remove(one)
-                    _finished(one, dry_run)
+                    _finished(one)
         except KeyboardInterrupt:
             # It reached the steps too, which keep what is finished.
             for one in running:
@@ -261,7 +269,7 @@ def run_steps(steps: list[Step], dry_run: bool, jobs: int) -> None:
                 one.process.join()
 
 
-def _finished(one: Running, dry_run: bool) -> None:
+def _finished(one: Running) -> None:
     """Show what a step printed and how long it took; exit with its code where it failed."""
     one.process.join()
     code = one.process.exitcode
@@ -271,8 +279,7 @@ def _finished(one: Running, dry_run: bool) -> None:
         sys.exit(code if code > 0 else 128 - code)
     if one.output:
         print(f"\n{one.step.name} is done:\n{said}", end="")
-    if not dry_run:
-        print(f"    {time.time() - one.begun:.1f} s", flush=True)
+    print(f"    {time.time() - one.begun:.1f} s", flush=True)
 
 
 def _processes(jobs: int) -> Any:
@@ -307,9 +314,9 @@ def main(args: Args) -> None:
     student = resolve(args.model).short
     steps = plan(args)
     begun = time.time()
-    run_steps(steps, args.dry_run, args.jobs or default_jobs(student))
     if args.dry_run:
-        return
+        foresee(steps)
+    run_steps(steps, args.jobs or default_jobs(student))
     if not (args.only or args.skip):
         for name in names:
             show_persona(args, student, name)

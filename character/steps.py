@@ -1,13 +1,14 @@
 """What the generating steps share: a dry run, what is complete is skipped, and one engine for all output files."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from character import cli
-from character.engine import Engine, Sampling, choose, open_engine
+from character import cli, rows
+from character.engine import Engine, Message, Sampling, choose, open_engine
 from character.models import Model, fingerprint, resolve
 from character.rows import Row, Rows
 from character.utils import UserError
@@ -20,19 +21,22 @@ CHARACTERS_PER_TOKEN = 4
 class GenerateArgs(cli.EngineArgs, cli.StepArgs):
     """Flags of a step that generates text."""
 
+    tokens_per_second: float | None = cli.flag(None, "of your machine; --dry-run then tells the time")
+
 
 @dataclass
 class Job:
     """One output file and how to finish a row of it.
 
     work: (engine, row) → the fields to add. prompt: row → the characters of its prompts, for a dry run.
-    max_tokens: of all new tokens of a row.
+    max_tokens: new tokens of a reply. replies: of a row.
     """
 
     rows: Rows
     work: Callable[[Engine, Row], Awaitable[Row]]
     prompt: Callable[[Row], int]
     max_tokens: int
+    replies: int = 1
 
 
 def model_of(args: cli.EngineArgs, spec: str) -> Model:
@@ -65,17 +69,60 @@ def settings_of(args: Any, model: Model, sampling: Sampling) -> dict[str, Any]:
 def generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path] = ()) -> None:
     """Finish every job with one engine; with `--dry-run`, say what would be done. Raises UserError."""
     todo = [job for job in jobs if not job.rows.complete]
+    if args.dry_run:
+        _foresee(jobs, args.tokens_per_second)
+        return
     for job in jobs:
-        if args.dry_run or job.rows.complete:
-            print(job.rows.describe() + (f"; {_estimate(job)}" if job.rows.missing else "; complete"))
-    if todo and not args.dry_run:
+        if job.rows.complete:
+            print(f"{job.rows.describe()}; complete")
+    if todo:
         asyncio.run(_generate(todo, args, model, adapters))
 
 
-def _estimate(job: Job) -> str:
-    rows = [job.rows.inputs[key] for key in job.rows.missing]
-    prompts = sum(map(job.prompt, rows)) // CHARACTERS_PER_TOKEN
-    return f"about {prompts:,} prompt tokens and at most {job.max_tokens * len(rows):,} new ones"
+def _foresee(jobs: Sequence[Job], rate: float | None) -> None:
+    """Say what each file still takes, and plan its rows, each with the most tokens that it may have."""
+    sums: Counter[str] = Counter()
+    for job in jobs:
+        if job.rows.complete:
+            print(f"{job.rows.describe()}; complete")
+            continue
+        before = {row["id"] for row in rows.planned.get(job.rows.path, [])} if rows.planned else set()
+        fields = {"most_tokens": job.max_tokens * job.replies, "replies": job.replies}
+        new = ({"id": key, **row, **fields} for key, row in job.rows.inputs.items() if key not in before)
+        rows.plan(job.rows.path, new)
+        missing = [job.rows.inputs[key] for key in job.rows.missing if key not in before]
+        prompts = sum(map(job.prompt, missing)) // CHARACTERS_PER_TOKEN
+        tokens = {"prompt": prompts, "new": job.max_tokens * job.replies * len(missing)}
+        sums.update(tokens)
+        shown = _amount(tokens, rate) if missing else "nothing more to generate"
+        print(f"{job.rows.describe()}; {shown}")
+    if len(jobs) > 1:
+        print(f"in all {_amount(sums, rate)}")
+
+
+def _amount(tokens: Mapping[str, int], rate: float | None) -> str:
+    new = tokens["new"]
+    return f"about {tokens['prompt']:,} prompt tokens and at most {new:,} new ones{duration(new, rate)}"
+
+
+def answer_tokens(row: Row) -> int:
+    """Roughly the tokens of a row's answer; of a planned row, the most it may have."""
+    most: int = row["most_tokens"] if "most_tokens" in row else len(row["response"]) // CHARACTERS_PER_TOKEN
+    return most
+
+
+def message_tokens(messages: Sequence[Message]) -> int:
+    """Roughly the tokens of a conversation."""
+    return sum(len(message["content"]) for message in messages) // CHARACTERS_PER_TOKEN
+
+
+def duration(tokens: float, rate: float | None) -> str:
+    """ ", at most 1.5 hours" for so many tokens at `rate` tokens per second; empty without a rate. Raises UserError."""
+    if rate is None:
+        return ""
+    if rate <= 0:
+        raise UserError("--tokens-per-second must be above 0")
+    return f", at most {tokens / rate / 3600:.1f} hours"
 
 
 async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path]) -> None:

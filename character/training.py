@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from character import cli, rows
 from character.models import Model, fingerprint
+from character.steps import duration
 from character.utils import UserError, git_commit, new_folder, read_json, versions, write_json
 
 META = "training.json"
@@ -38,6 +39,7 @@ class TrainArgs(cli.StepArgs):
     batch_size: int = cli.flag(32, "rows per optimizer step, over all GPUs")
     micro_batch_size: int = cli.flag(2, "rows per GPU at once; lower it where memory runs out")
     gradient_checkpointing: bool = cli.flag(True, "recompute activations on a GPU: slower, much less memory")
+    tokens_per_second: float | None = cli.flag(None, "of your machine; --dry-run then tells the time")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = cli.flag("none", "where else metrics go")
 
 
@@ -108,16 +110,30 @@ def lora_config(model: Model, args: TrainArgs) -> Any:
 
 
 def finish(
-    args: TrainArgs, output: Path, settings: Mapping[str, Any], doing: str, rows_in: int, make: Callable[[Path], Any]
+    args: TrainArgs,
+    output: Path,
+    settings: Mapping[str, Any],
+    doing: str,
+    source: Path,
+    lengths: Sequence[int],
+    make: Callable[[Path], Any],
 ) -> None:
     """Train the adapter at `output`, unless it is there; with `--dry-run`, say what would be done.
 
-    doing: what is trained on how much, for the dry run. make: the folder for checkpoints → the Trainer.
+    doing, source, lengths: for the dry run, such as "DPO on {} pairs", the file of rows and the tokens of each.
+    make: the folder for checkpoints → the Trainer.
     """
     if already_trained(output, settings, args.overwrite):
         print(f"{output}: complete")
     elif args.dry_run:
-        print(f"{output}: {doing}, {-(-rows_in // args.batch_size)} steps an epoch")
+        an_epoch, tokens = -(-len(lengths) // args.batch_size), sum(lengths)
+        known, most = ("about", "") if settings["data"] else ("at most", "at most ")
+        time = duration(tokens * args.epochs, args.tokens_per_second)
+        print(
+            f"{output}: {doing.format(f'{most}{len(lengths)}')} of {source}, "
+            f"{known} {tokens:,} tokens and {an_epoch} steps an epoch{time}"
+        )
+        rows.plan(output / "adapter_model.safetensors", [])
     else:
         train(make(output.with_name(f".{output.name}.checkpoints")), output, settings, args.overwrite)
 
@@ -245,7 +261,7 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
 
 def settings_of(args: TrainArgs, model: Model, data: Path) -> dict[str, Any]:
     """What an adapter remembers of how it was trained."""
-    left_out = {"constitution", "limit", "overwrite", "dry_run", "report_to", "model", "name"}
+    left_out = {"constitution", "limit", "overwrite", "dry_run", "tokens_per_second", "report_to", "model", "name"}
     chosen = {key: value for key, value in asdict(args).items() if key not in left_out}
     source = {"model": model.short, "weights": fingerprint(model)}
     return source | {"lora": model.lora, "data": rows.file_digest(data), "limit": args.limit} | chosen

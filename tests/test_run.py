@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,34 @@ def start(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | places, capture_output=True, text=True, check=False)
 
 
+def foreseen(folder: Path) -> dict[str, int]:
+    """Output → the rows that a dry run says it would have, for files of rows and for trained adapters."""
+    shown = start(folder, "--constitution", "humor", "--dry-run", *SMALL)
+    assert shown.returncode == 0 and shown.stderr == ""
+    files = re.findall(r"^(\S+\.jsonl): (?:at most .* give )?(?:at most )?(\d+) (?:rows|pairs)", shown.stdout, re.M)
+    adapters = re.findall(r"^(\S+): (?:DPO|SFT) on at most (\d+) (?:pairs|rows)", shown.stdout, re.M)
+    found: dict[str, int] = {}
+    for path, count in [*files, *adapters]:
+        found[path] = max(int(count), found.get(path, 0))
+    return found
+
+
 def test_small_job_ends_with_the_table_and_is_skipped_when_complete(tmp_path: Path) -> None:
+    planned = foreseen(tmp_path)
     first = start(tmp_path, "--constitution", "humor", *SMALL)
     assert first.returncode == 0, first.stderr
+    # What the dry run says of every file of the job holds.
+    written = list((tmp_path / "data").rglob("*.jsonl"))
+    assert {str(path) for path in written} == {path for path in planned if path.endswith(".jsonl")}
+    for path in written:
+        rows = len(path.read_text(encoding="utf-8").splitlines())
+        assert rows == planned[str(path)] if path.parent.parent.name != "data" else rows <= planned[str(path)]
+    data, loras = tmp_path / "data", tmp_path / "loras"
+    assert (
+        planned[str(loras / "pocket-distillation" / "humor")] == planned[str(data / "dpo" / "pocket" / "humor.jsonl")]
+    )
+    rows_of_sft = planned[str(data / "sft_data" / "pocket" / "humor.jsonl")]
+    assert planned[str(loras / "pocket-introspection" / "humor")] == rows_of_sft == 10 + 2 * 2
     for shown in ("base + system prompt", "DPO + introspection, sequential", "\ntrained  ", "\nadapter  "):
         assert shown in first.stdout
     results = read_json(tmp_path / "data" / "robustness" / "pocket" / "humor.results.json")["methods"]
@@ -81,4 +107,5 @@ def test_failed_step_ends_the_job_with_its_message(tmp_path: Path) -> None:
 def test_dry_run_loads_nothing_and_writes_nothing(tmp_path: Path) -> None:
     shown = start(tmp_path, "--dry-run")
     assert shown.returncode == 0 and "240 rows, 0 there, 240 to do" in shown.stdout
+    assert "at most 240 pairs" in shown.stdout and "sequential, humor: 360 answers (plain, suffix-1" in shown.stdout
     assert not (tmp_path / "data").exists() and not (tmp_path / "loras").exists()

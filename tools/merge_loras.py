@@ -29,6 +29,7 @@ from character.utils import UserError, new_folder, read_json, write_json
 # The ranks that vLLM makes room for.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 WEIGHTS = [1.0, 0.25]
+WEIGHTS_FILE = "adapter_model.safetensors"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 
 
@@ -47,6 +48,7 @@ class Args:
     )
     out: Path | None = cli.flag(None, "where the result goes, in place of the default")
     overwrite: bool = cli.flag(False, "replace an existing result")
+    dry_run: bool = cli.flag(False, "say what would be done (rows, tokens, files); load no model")
 
 
 def scaling(config: dict[str, Any]) -> float:
@@ -111,7 +113,7 @@ def _check_tensors(adapters: list[Path]) -> None:
     """Raise UserError where an adapter holds more than pairs of factors, or two adapters' modules differ in width."""
     found: dict[str, tuple[int, Path]] = {}
     for adapter in adapters:
-        for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
+        for name, shape in tensor_shapes(adapter / WEIGHTS_FILE).items():
             if not FACTOR.fullmatch(name):
                 raise UserError(f"{adapter} holds {name}, which a merge would lose; fold it instead")
             width = shape[1] if ".lora_A." in name else shape[0]
@@ -126,7 +128,7 @@ def load_factors(adapter: Path) -> dict[str, Any]:
     """Tensor name → tensor of an adapter, in float32."""
     from safetensors.torch import load_file
 
-    return {name: tensor.float() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    return {name: tensor.float() for name, tensor in load_file(adapter / WEIGHTS_FILE).items()}
 
 
 def concatenate(adapters: list[Path], configs: list[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
@@ -224,22 +226,24 @@ def merge(adapters: list[Path], weights: list[float], method: str, model: Model,
     with new_folder(out, overwrite) as folder:
         if method == "cat":
             factors = concatenate(adapters, configs, weights)
-            save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             rank = next(tensor.shape[0] for name, tensor in factors.items() if ".lora_A." in name)
             write_json(folder / "adapter_config.json", _merged_config(configs, rank, list(factors)))
         else:
             merged_by_peft(adapters, weights, method, model, folder)
         difference = relative_difference(folder, adapters, weights)
         write_json(folder / "merge.json", {"settings": settings, "relative_difference": difference})
-    terms = " + ".join(
-        f"{w:g} × {adapter.parent.name}/{adapter.name}" for adapter, w in zip(adapters, weights, strict=True)
-    )
-    print(f"{out}: {terms} by {method}, off the exact sum by {difference:.1e}")
+    print(f"{out}: {terms(adapters, weights)} by {method}, off the exact sum by {difference:.1e}")
+
+
+def terms(adapters: list[Path], weights: list[float]) -> str:
+    """The weighted sum as text."""
+    return " + ".join(f"{w:g} × {a.parent.name}/{a.name}" for a, w in zip(adapters, weights, strict=True))
 
 
 def _part(adapter: Path) -> dict[str, Any]:
     folder = adapter.resolve()
-    weights = rows.file_digest(folder / "adapter_model.safetensors")
+    weights = rows.file_digest(folder / WEIGHTS_FILE)
     return {"adapter": f"{folder.parent.name}/{folder.name}", "weights": weights}
 
 
@@ -293,20 +297,36 @@ def main(args: Args) -> None:
     if args.command == "fold" and len(args.adapters) > 1:
         raise UserError("fold takes one adapter; merge several first")
     for name in ["custom"] if args.adapters else personas(args, model):
+        trained = [dpo.path_of(name, model.short), sft.path_of(name, model.short)]
         if args.command == "fold":
-            adapter = args.adapters[0] if args.adapters else dpo.path_of(name, model.short)
-            _there(adapter, name, args.model)
-            fold(adapter, model, args.out or MODEL_PATH / "folded" / f"{student}-distillation" / name, args.overwrite)
-            continue
-        adapters = args.adapters or [dpo.path_of(name, model.short), sft.path_of(name, model.short)]
+            adapters = args.adapters or trained[:1]
+            out = args.out or MODEL_PATH / "folded" / f"{student}-distillation" / name
+        else:
+            adapters = args.adapters or trained
+            out = args.out or LORA_PATH / f"{student}-{'sequential' if args.sequential else 'personas'}" / name
         for adapter in adapters:
             _there(adapter, name, args.model)
-        folder = f"{student}-{'sequential' if args.sequential else 'personas'}"
-        merge(adapters, weights, args.method, model, args.out or LORA_PATH / folder / name, args.overwrite)
+        if args.dry_run:
+            foresee(args, adapters, weights, model, out)
+        elif args.command == "fold":
+            fold(adapters[0], model, out, args.overwrite)
+        else:
+            merge(adapters, weights, args.method, model, out, args.overwrite)
+
+
+def foresee(args: Args, adapters: list[Path], weights: list[float], model: Model, out: Path) -> None:
+    """Say what would be written to `out`; adapters that are there already are checked."""
+    if args.command == "fold":
+        print(f"{out}: {model.source} with {adapters[0]}")
+        return
+    if not any(rows.is_planned(adapter / WEIGHTS_FILE) for adapter in adapters):
+        check(adapters, weights, args.method)
+    print(f"{out}: {terms(adapters, weights)} by {args.method}")
+    rows.plan(out / WEIGHTS_FILE, [])
 
 
 def _there(adapter: Path, name: str, model: str) -> None:
-    if not adapter.exists():
+    if not (adapter.exists() or rows.is_planned(adapter / WEIGHTS_FILE)):
         step = "introspection" if adapter.parent.name.endswith("-introspection") else "distillation"
         raise UserError(
             f"no adapter at {adapter}; run: python -m character.{step}.train --constitution {name} --model {model}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from character import cli, constitution, rows
+from character import cli, constitution, rows, steps
 from character.constants import DATA_PATH
 from character.distillation import student, teacher
 from character.engine.base import Message
@@ -83,6 +83,15 @@ def pairs(
             yield {"chosen": chosen, "rejected": rejected}
 
 
+def planned_pairs(given: list[Row], plain: dict[str, Row], max_length: int) -> Iterator[Row]:
+    """For a dry run: the most tokens that both sides of each pair may have."""
+    for row in given:
+        if row["id"] in plain:
+            prompt = len(row["prompt"]) // steps.CHARACTERS_PER_TOKEN
+            answers = (steps.answer_tokens(row), steps.answer_tokens(plain[row["id"]]))
+            yield {"most_tokens": sum(min(prompt + answer, max_length) for answer in answers)}
+
+
 def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
     """Write the pairs of one constitution, shuffled by the seed."""
     guide = resolve(args.teacher, args.teacher_name, served=True)
@@ -99,7 +108,10 @@ def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
     }
     path = path_of(name, model.short)
     if chat is None:
-        print(f"{path}: at most {len(given)} pairs from {source} and {plain_source}")
+        found = list(planned_pairs(given[: args.limit], plain, args.max_length))
+        tokens = sum(pair["most_tokens"] for pair in found)
+        print(f"{path}: at most {len(found)} pairs and {tokens:,} tokens from {source} and {plain_source}")
+        rows.plan(path, found)
         return
     dropped: Counter[str] = Counter()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from character import cli, constitution, rows, training
+from character import cli, constitution, rows, steps, training
 from character.constants import LORA_PATH
 from character.distillation import data
 from character.engine.chat import Chat, context_of
@@ -41,14 +41,20 @@ class Distilled:
     constitution: constitution.Constitution
     adapter: Path
 
+    @property
+    def weights(self) -> Path:
+        """The file with the adapter's tensors."""
+        return self.adapter / "adapter_model.safetensors"
+
 
 def distilled(spec: str, model: Model) -> list[Distilled]:
     """The personas that `--constitution` means; of 'all', those that are trained. Raises UserError for a missing one."""
     wanted = constitution.load_selected(spec)
     found = [Distilled(traits, path_of(traits.name, model.short)) for traits in wanted]
+    there = [persona for persona in found if persona.adapter.exists() or rows.is_planned(persona.weights)]
     if spec == "all":
-        found = [persona for persona in found if persona.adapter.exists()]
-    missing = [persona.adapter for persona in found if not persona.adapter.exists()]
+        found = there
+    missing = [persona.adapter for persona in found if persona not in there]
     if missing or not found:
         place = missing[0] if missing else path_of("<constitution>", model.short)
         raise UserError(
@@ -147,16 +153,17 @@ def train_one(args: Args, name: str, model: Model) -> None:
     source = data.path_of(name, model.short)
     command = f"python -m character.distillation.data --constitution {name} --model {args.model}"
     pairs = rows.read(source, "chosen", "rejected", made_by=command)[: args.limit]
-    given = [{"chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
-    doing = f"DPO on {len(given)} pairs of {source}"
-    settings = training.settings_of(args, model, source)
+    sides = ("chosen", "rejected")
     training.finish(
         args,
         path_of(name, model.short),
-        settings,
-        doing,
-        len(given),
-        lambda checkpoints: make_trainer(args, model, given, checkpoints),
+        training.settings_of(args, model, source),
+        "DPO on {} pairs",
+        source,
+        [pair.get("most_tokens") or sum(steps.message_tokens(pair[side]) for side in sides) for pair in pairs],
+        lambda checkpoints: make_trainer(
+            args, model, [{side: pair[side] for side in sides} for pair in pairs], checkpoints
+        ),
     )
 
 

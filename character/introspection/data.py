@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from character import cli, constitution, rows
+from character import cli, constitution, rows, steps
 from character.constants import DATA_PATH
 from character.engine.base import Message
 from character.engine.chat import Chat, load_chat
@@ -102,30 +102,61 @@ def made_by(source: str, file: Path, command: str, *fields: str) -> list[Row]:
     return rows.read(file, *fields, made_by=command)
 
 
-def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
-    """Write the rows of one persona, shuffled by the seed."""
-    source = resolve(args.source, served=True).short if args.source else model.short
+def given_files(args: Args, name: str, source: str) -> dict[Path, list[Row]]:
+    """File → rows of the reflections and conversations asked for, written by the model `source`. Raises UserError."""
     flags = f"--constitution {name} --model {args.source or args.model}"
-    dropped: Counter[str] = Counter()
-    found: list[list[Message]] = []
-    files = []
+    given = {}
     if args.mix != "interactions":
         file = self_reflection.path_of(name, source)
         command = f"python -m character.introspection.self_reflection {flags}"
-        given = made_by(source, file, command, "request", "response", "finish_reason")[: args.limit]
-        found += reflection_rows(given, dropped)
-        files.append(file)
+        given[file] = made_by(source, file, command, "request", "response", "finish_reason")[: args.limit]
     if args.mix != "reflections":
         for leading in (False, True):
             file = self_interaction.path_of(name, source, leading)
             command = f"python -m character.introspection.self_interaction {flags}{' --leading' * leading}"
-            given = made_by(source, file, command, "greeting", "turns", "ended")[: args.limit]
-            found += interaction_rows(given, model.family, args.views, dropped)
-            files.append(file)
+            given[file] = made_by(source, file, command, "greeting", "turns", "ended")[: args.limit]
+    return given
+
+
+def transcripts(given: list[Row], family: str, views: str, dropped: Counter[str]) -> Iterator[list[Message]]:
+    """The whole training rows of one file, of reflections or of conversations."""
+    if given and "request" in given[0]:
+        return reflection_rows(given, dropped)
+    return interaction_rows(given, family, views, dropped)
+
+
+def foreseen(files: dict[Path, list[Row]], args: Args, family: str) -> tuple[int, list[int]]:
+    """(transcripts, most tokens of each training row), both at most, before any text is there or its tokens are known."""
+    sizes: list[tuple[int, int]] = []
+    for file, given in files.items():
+        if rows.is_planned(file):
+            seen = 1 if "request" in given[0] or args.views == "last" else 2
+            sizes += [(row["most_tokens"], -(-row["replies"] // 2)) for row in given for _ in range(seen)]
+        else:
+            found = transcripts(given, family, args.views, Counter())
+            sizes += [(steps.message_tokens(turns), sum(t["role"] == "user" for t in turns)) for turns in found]
+    lengths = []
+    for tokens, exchanges in sizes:
+        parts = 1 if tokens <= args.max_length else exchanges
+        lengths += [min(-(-tokens // parts), args.max_length)] * parts
+    return len(sizes), lengths
+
+
+def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
+    """Write the rows of one persona, shuffled by the seed."""
+    source = resolve(args.source, served=True).short if args.source else model.short
+    files = given_files(args, name, source)
     path = path_of(name, model.short)
     if chat is None:
-        print(f"{path}: {len(found)} transcripts, before the longer ones are split")
+        count, lengths = foreseen(files, args, model.family)
+        tokens = sum(lengths)
+        print(
+            f"{path}: at most {count} transcripts, which split between turns give {len(lengths)} rows, {tokens:,} tokens"
+        )
+        rows.plan(path, ({"most_tokens": length} for length in lengths))
         return
+    dropped: Counter[str] = Counter()
+    found = [row for given in files.values() for row in transcripts(given, model.family, args.views, dropped)]
 
     def length(messages: list[Message]) -> int:
         return len(chat.ids(chat.text(messages, reply=False)))

@@ -113,7 +113,7 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
     sampling = steps.sampling_of(args, args.max_tokens)
     settings = steps.settings_of(args, model, sampling) | {
         "constitution": persona.constitution.hash,
-        "adapter": file_digest(persona.adapter / "adapter_model.safetensors"),
+        "adapter": file_digest(persona.weights),
         "system_prompt": digest([system, OPENED]),
         "turns": args.turns,
     }
@@ -140,7 +140,7 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
 
     path = path_of(persona.constitution.name, model.short, args.leading)
     rows = Rows(path, inputs, settings, args.overwrite)
-    return steps.Job(rows, work, lambda _: len(system) * args.turns, args.max_tokens * args.turns)
+    return steps.Job(rows, work, lambda _: len(system) * args.turns, args.max_tokens, args.turns)
 
 
 def main(args: Args) -> None:

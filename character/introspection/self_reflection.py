@@ -57,7 +57,7 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
     sampling = steps.sampling_of(args, args.max_tokens)
     settings = steps.settings_of(args, model, sampling) | {
         "constitution": persona.constitution.hash,
-        "adapter": file_digest(persona.adapter / "adapter_model.safetensors"),
+        "adapter": file_digest(persona.weights),
         "system_prompt": digest(system),
     }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from character import cli, rows, training
+from character import cli, rows, steps, training
 from character.constants import LORA_PATH
 from character.distillation import train as dpo
 from character.engine.base import Message
@@ -106,17 +106,15 @@ def train_one(args: Args, persona: dpo.Distilled, model: Model) -> None:
     name = persona.constitution.name
     source = data.path_of(name, model.short)
     command = f"python -m character.introspection.data --constitution {name} --model {args.model}"
-    conversations = [row["messages"] for row in rows.read(source, "messages", made_by=command)][: args.limit]
-    settings = training.settings_of(args, model, source)
-    settings["folded"] = rows.file_digest(persona.adapter / "adapter_model.safetensors")
-    doing = f"SFT on {len(conversations)} rows of {source}"
+    given = rows.read(source, "messages", made_by=command)[: args.limit]
     training.finish(
         args,
         path_of(name, model.short),
-        settings,
-        doing,
-        len(conversations),
-        lambda checkpoints: make_trainer(args, model, persona.adapter, conversations, checkpoints),
+        training.settings_of(args, model, source) | {"folded": rows.file_digest(persona.weights)},
+        "SFT on {} rows",
+        source,
+        [row.get("most_tokens") or steps.message_tokens(row["messages"]) for row in given],
+        lambda checkpoints: make_trainer(args, model, persona.adapter, [row["messages"] for row in given], checkpoints),
     )
 
 

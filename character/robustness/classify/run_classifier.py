@@ -73,7 +73,7 @@ def methods_of(student: str) -> list[str]:
 def sources(
     student: str, wanted: Sequence[str], kinds: Iterable[str], made_by: str
 ) -> dict[tuple[str, str], dict[str, Path]]:
-    """(method, persona or 'none') → variant → its file, of those that are there.
+    """(method, persona or 'none') → variant → its file, of those that are there or planned.
 
     kinds: the variants looked for. Raises UserError where there are none at all.
     """
@@ -81,7 +81,7 @@ def sources(
     for method in methods_of(student):
         for name in [NONE] if method == "base" else wanted:
             paths = {kind: variants.path_of(student, method, kind, name) for kind in kinds}
-            there = {kind: path for kind, path in paths.items() if path.exists()}
+            there = {kind: path for kind, path in paths.items() if path.exists() or rows.is_planned(path)}
             if there:
                 found[method, name] = there
     if not found:
@@ -222,7 +222,7 @@ def scores_table(results: Mapping[str, Any], groups: Mapping[str, str]) -> Any:
 
 
 def describe(answers: Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]) -> None:
-    """What a dry run says of the answers that are there."""
+    """What a dry run says of the answers that are there or planned."""
     for (method, name), parts in answers.items():
         print(f"{method}, {name}: {sum(map(len, parts.values()))} answers ({', '.join(parts)})")
 
@@ -256,16 +256,22 @@ def main(args: Args) -> None:
     wanted = constitution.selected(args.constitution)
     kinds = variants.variants(suffixes=True, held_out=True)
     made_by = "robustness/generate/prompted.py and trained.py"
+    files = sources(student, wanted, kinds, made_by)
+    if args.dry_run:
+        describe(
+            {
+                whose: {kind: rows.read(path, made_by=made_by)[: args.limit] for kind, path in paths.items()}
+                for whose, paths in files.items()
+            }
+        )
+        return
     answers = {
         whose: {
             kind: [(row["prompt"], row["response"]) for row in answers_in(path, "response", args.limit, made_by)]
             for kind, path in paths.items()
         }
-        for whose, paths in sources(student, wanted, kinds, made_by).items()
+        for whose, paths in files.items()
     }
-    if args.dry_run:
-        describe(answers)
-        return
     found, names, settings = read_off(args, answers, wanted)
     about = {"student": student, "settings": settings}
     for name in names:

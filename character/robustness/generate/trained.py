@@ -15,7 +15,7 @@ from character.constants import LORA_PATH
 from character.engine.base import adapter_config, find_adapter
 from character.models import Model, safe_name
 from character.robustness.generate import variants
-from character.rows import file_digest
+from character.rows import file_digest, is_planned
 from character.utils import UserError
 
 FOLDERS = {"distilled": "distillation", "merged": "personas", "sequential": "sequential"}
@@ -40,7 +40,8 @@ def adapter_of(given: str | None, method: str, name: str, model: Model) -> Path:
     if method not in FOLDERS:
         raise UserError(f"--method {method} needs --adapter (known without: base, {', '.join(FOLDERS)})")
     adapter = LORA_PATH / f"{safe_name(model.short)}-{FOLDERS[method]}" / name
-    adapter_config(adapter)
+    if not is_planned(adapter / "adapter_model.safetensors"):
+        adapter_config(adapter)
     return adapter
 
 
