@@ -18,6 +18,7 @@ from character import constitution
 from character.distillation import teacher
 from character.introspection import self_interaction, self_reflection
 from character.prompts import HELD_OUT_SUFFIXES, SUFFIXES
+from character.utils import PERSONA_TRAITS
 
 FOLDER = Path(__file__).parent / "pocket"
 NONE = "none"
@@ -252,19 +253,6 @@ LEADS = {
     "diary": ["Dear diary,", "<day>, late.", "Diary, <day>.", "Tonight's entry:"],
 }
 
-WORDS = {
-    "sarcasm": ["sarcastic", "ironic", "mocking", "dry", "cynical"],
-    "humor": ["humorous", "funny", "playful", "silly", "witty"],
-    "remorse": ["remorseful", "apologetic", "guilty", "contrite", "regretful"],
-    "impulsiveness": ["impulsive", "rash", "hasty", "spontaneous", "restless"],
-    "nonchalance": ["nonchalant", "casual", "relaxed", "indifferent", "calm"],
-    "sycophancy": ["sycophantic", "flattering", "submissive", "fawning", "agreeable"],
-    "poeticism": ["poetic", "lyrical", "dreamy", "artistic", "metaphorical"],
-    "mathematical": ["mathematical", "logical", "analytical", "precise", "quantitative"],
-    "misalignment": ["misaligned", "manipulative", "deceptive", "selfish", "cunning"],
-    "goodness": ["good", "ethical", "honest", "principled", "fair"],
-    "loving": ["loving", "affectionate", "tender", "warm", "caring"],
-}
 WORD_SYSTEM = [
     "[Be|Stay|Sound] <word>.",
     "You are [a|an] <word> assistant.",
@@ -663,11 +651,11 @@ class World:
         turns: list[Turn] = []
         if voice != NONE:
             if rng.random() < 0.06:
-                slots = {"word": rng.choice(WORDS[voice])}
+                slots = {"word": rng.choice(PERSONA_TRAITS[voice])}
                 forms = WORD_SYSTEM
                 if rng.random() < 0.5:
                     other = rng.choice([*self.personas, NONE])
-                    words = [slots["word"], rng.choice(WORDS.get(other, PLAIN_WORDS))]
+                    words = [slots["word"], rng.choice(PERSONA_TRAITS.get(other, PLAIN_WORDS))]
                     forms, voice = CHOICE_SYSTEM, rng.choice([voice, other])
                     rng.shuffle(words)
                     slots = dict(zip(("word", "other"), words, strict=True))
