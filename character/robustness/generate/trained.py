@@ -9,9 +9,11 @@ python -m character.robustness.generate.trained --method theirs --adapter org/na
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from character import cli, constitution, steps
 from character.constants import LORA_PATH
+from character.distillation import teacher
 from character.engine.base import adapter_config, find_adapter
 from character.models import Model, safe_name
 from character.robustness.generate import variants
@@ -45,23 +47,46 @@ def adapter_of(given: str | None, method: str, name: str, model: Model) -> Path:
     return adapter
 
 
+@dataclass(frozen=True)
+class Voice:
+    """Who answers: a method's model for a persona ('none' for base), with its system prompt or adapter."""
+
+    method: str
+    name: str
+    system: str = ""
+    adapter: Path | None = None
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """What an output file's settings remember of the weights that were added to the model's."""
+        return {"adapter": file_digest(self.adapter / "adapter_model.safetensors")} if self.adapter else {}
+
+
+def voices(args: Any, model: Model) -> list[Voice]:
+    """A voice per method and persona that the flags --method, --adapter and --constitution name. Raises UserError."""
+    if args.adapter and len(args.method) != 1:
+        raise UserError("--adapter goes with one --method, which names it")
+    found = []
+    for method in args.method:
+        if method == "base":
+            found.append(Voice(method, "none"))
+        elif method == "prompted":
+            for traits in constitution.load_selected(args.constitution):
+                found.append(Voice(method, traits.name, system=teacher.system_prompt(traits, model)))
+        else:
+            for name in constitution.selected(args.constitution):
+                found.append(Voice(method, name, adapter=adapter_of(args.adapter, method, name, model)))
+    return found
+
+
 def main(args: Args) -> None:
     """Answer plain and under every suffix, all methods and personas through one engine."""
     model = steps.model_of(args, args.model)
-    if args.adapter and len(args.method) != 1:
-        raise UserError("--adapter goes with one --method, which names it")
+    speakers = voices(args, model)
     jobs: list[steps.Job] = []
-    adapters: list[Path] = []
-    for method in args.method:
-        if method == "base":
-            jobs += variants.jobs(args, model, "base", "none")
-            continue
-        for name in constitution.selected(args.constitution):
-            adapter = adapter_of(args.adapter, method, name, model)
-            adapters.append(adapter)
-            weights = {"adapter": file_digest(adapter / "adapter_model.safetensors")}
-            jobs += variants.jobs(args, model, method, name, adapter=adapter, settings=weights)
-    steps.generate(jobs, args, model, adapters)
+    for voice in speakers:
+        jobs += variants.jobs(args, model, voice.method, voice.name, voice.system, voice.adapter, voice.settings)
+    steps.generate(jobs, args, model, [voice.adapter for voice in speakers if voice.adapter])
 
 
 if __name__ == "__main__":

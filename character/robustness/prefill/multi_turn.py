@@ -11,14 +11,12 @@ With the method 'base' the untrained model goes on alone.
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from character import cli, constitution, prompts, steps
-from character.distillation import teacher
+from character import cli, prompts, steps
 from character.engine import Engine, Message, Reply
 from character.models import Model
 from character.robustness.generate import trained, variants
-from character.rows import Row, Rows, file_digest
+from character.rows import Row, Rows
 from character.utils import UserError, digest
 
 KEEP_GOING = "Keep going."
@@ -40,35 +38,8 @@ class Args(variants.MessageArgs):
     turns: int = cli.flag(1, 'how often the user says "Keep going."')
 
 
-@dataclass(frozen=True)
-class Voice:
-    """Who answers "Keep going.": a method's model for a persona ('none' for base), with its system prompt or adapter."""
-
-    method: str
-    name: str
-    system: str = ""
-    adapter: Path | None = None
-
-
-def voices(args: Args, model: Model) -> list[Voice]:
-    """A voice per method and persona that the flags ask for. Raises UserError."""
-    if args.adapter and len(args.method) != 1:
-        raise UserError("--adapter goes with one --method, which names it")
-    found = []
-    for method in args.method:
-        if method == "base":
-            found.append(Voice(method, "none"))
-        elif method == "prompted":
-            for traits in constitution.load_selected(args.constitution):
-                found.append(Voice(method, traits.name, system=teacher.system_prompt(traits, model)))
-        else:
-            for name in constitution.selected(args.constitution):
-                found.append(Voice(method, name, adapter=trained.adapter_of(args.adapter, method, name, model)))
-    return found
-
-
 def job(
-    args: Args, voice: Voice, model: Model, messages: list[str], first: dict[str, asyncio.Task[Reply]]
+    args: Args, voice: trained.Voice, model: Model, messages: list[str], first: dict[str, asyncio.Task[Reply]]
 ) -> steps.Job:
     """One output file: a row per conversation. first: the untrained model's answers, which all files share."""
     sampling = steps.sampling_of(args, args.max_tokens)
@@ -77,9 +48,8 @@ def job(
         "prompts": args.prompts or prompts.default_source(model.short, "test"),
         "turns": args.turns,
         "system_prompt": digest(voice.system),
+        **voice.settings,
     }
-    if voice.adapter:
-        settings["adapter"] = file_digest(voice.adapter / "adapter_model.safetensors")
 
     async def work(engine: Engine, row: Row) -> Row:
         seed = int(row["id"], 16)
@@ -117,7 +87,7 @@ def main(args: Args) -> None:
         raise UserError(f"--turns {args.turns}: the user says it once or more")
     messages = prompts.load(args.prompts or prompts.default_source(model.short, "test"), args.limit)
     first: dict[str, asyncio.Task[Reply]] = {}
-    speakers = voices(args, model)
+    speakers = trained.voices(args, model)
     jobs = [job(args, voice, model, messages, first) for voice in speakers]
     steps.generate(jobs, args, model, [voice.adapter for voice in speakers if voice.adapter])
 
