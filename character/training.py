@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,16 @@ from character.utils import UserError, git_commit, new_folder, read_json, versio
 
 META = "training.json"
 METRICS = "metrics.jsonl"
+# Of a GPU's free memory, what rows may fill once weights, adapter and optimizer have theirs; the rest is fragments.
+MEMORY_SHARE = 0.92
+# Bytes for what does not grow with the rows: the driver, workspaces, a tile of logits.
+MEMORY_APART = 2e9
+# Fewer tokens at once do not keep a GPU busy, so that recomputing activations to have more is faster; more than the
+# second number bring nothing but padding.
+MIN_TOKENS, MAX_TOKENS = 4096, 16384
+CPU_MICRO_BATCH = 2
+# Rows come and go in many lengths, which tears the GPU's memory into pieces of fixed size.
+ALLOCATOR = "expandable_segments:True"
 
 
 @dataclass
@@ -37,8 +48,12 @@ class TrainArgs(cli.StepArgs):
     max_grad_norm: float = cli.flag(1.0, "the gradient's norm is clipped at this")
     epochs: float = cli.flag(1.0, "passes over the data")
     batch_size: int = cli.flag(32, "rows per optimizer step, over all GPUs")
-    micro_batch_size: int = cli.flag(2, "rows per GPU at once; lower it where memory runs out")
-    gradient_checkpointing: bool = cli.flag(True, "recompute activations on a GPU: slower, much less memory")
+    micro_batch_size: int | None = cli.flag(
+        None, f"rows per GPU at once (default: as many as its memory takes; {CPU_MICRO_BATCH} on a CPU)"
+    )
+    gradient_checkpointing: bool | None = cli.flag(
+        None, "recompute activations on a GPU: slower, much less memory (default: where the memory demands it)"
+    )
     tokens_per_second: float | None = cli.flag(None, "of your machine; --dry-run then tells the time")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = cli.flag("none", "where else metrics go")
 
@@ -53,16 +68,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, Any]:
-    """Arguments that transformers' Trainer and TRL's share. Raises UserError where the batch does not divide."""
+def trainer_arguments(args: TrainArgs, at_once: tuple[int, bool], folder: Path, rows_in: int) -> dict[str, Any]:
+    """Arguments that transformers' Trainer and TRL's share. at_once: what `micro_batch_of` gives."""
     import torch
 
-    at_once = args.micro_batch_size * world_size()
-    if args.batch_size % at_once:
-        raise UserError(
-            f"--batch-size {args.batch_size} is no multiple of {at_once} "
-            f"(--micro-batch-size {args.micro_batch_size} on {world_size()} processes); change one of them"
-        )
+    micro_batch, checkpointing = at_once
     if args.report_to != "none":
         if importlib.util.find_spec(args.report_to) is None:
             raise UserError(f"{args.report_to} is not installed; pip install {args.report_to}, or --report-to none")
@@ -73,8 +83,8 @@ def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, 
     steps = max(1, math.ceil(rows_in * args.epochs / args.batch_size))
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": args.micro_batch_size,
-        "gradient_accumulation_steps": args.batch_size // at_once,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": args.batch_size // (micro_batch * world_size()),
         "num_train_epochs": args.epochs,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -86,9 +96,10 @@ def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, 
         "max_grad_norm": args.max_grad_norm,
         "bf16": cuda,
         "use_cpu": not cuda,
-        "gradient_checkpointing": args.gradient_checkpointing and cuda,
+        "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": cuda,
+        "use_liger_kernel": cuda and fused_kernels(),
         "seed": args.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -98,6 +109,140 @@ def trainer_arguments(args: TrainArgs, folder: Path, rows_in: int) -> dict[str, 
         "report_to": args.report_to,
         "disable_tqdm": True,
     }
+
+
+def micro_batch_of(args: TrainArgs, model: Model, network: Any, row_tokens: int) -> tuple[int, bool]:
+    """(rows per process at once, whether activations are recomputed): as the flags say, or what the GPU's memory takes.
+
+    row_tokens: of the longest row. Raises UserError where the batch does not divide or not even one row fits.
+    """
+    import torch
+
+    processes = world_size()
+    micro_batch, checkpointing = args.micro_batch_size or CPU_MICRO_BATCH, False
+    if torch.cuda.is_available():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+        free, whole = torch.cuda.mem_get_info()
+        need = memory_need(network.config.get_text_config(), network.get_memory_footprint(), args.rank, fused_kernels())
+        most = max(1, args.batch_size // processes)
+        flags = (args.micro_batch_size, args.gradient_checkpointing)
+        # Other processes of this run may have begun to fill theirs, and all must choose alike.
+        memory = free if processes == 1 else whole
+        try:
+            micro_batch, checkpointing = fitting(memory, need, row_tokens, most, *flags)
+        except UserError as error:
+            raise UserError(
+                f"{model.source}: {error}; this GPU has {memory / 1e9:.0f} of {whole / 1e9:.0f} GB free; use another, or a smaller model"
+            ) from None
+    if args.batch_size % (micro_batch * processes):
+        raise UserError(
+            f"--batch-size {args.batch_size} is no multiple of {micro_batch * processes} "
+            f"(--micro-batch-size {micro_batch} on {processes} processes); change one of them"
+        )
+    return micro_batch, checkpointing
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that LoRA training holds on a GPU: apart from the rows, and per token with and without recomputation."""
+
+    held: float
+    token: float
+    token_recomputed: float
+
+
+def memory_need(config: Any, weights: float, rank: int, fused: bool) -> MemoryNeed:
+    """What a network of this (text) config needs. weights: its bytes. fused: whether liger-kernel's layers are used."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries = config.num_attention_heads * width
+    keys = config.num_key_value_heads * width
+    # Float32 weights, gradients and Adam's two moments of A and B on the seven linear layers.
+    adapter = 16 * rank * layers * (7 * hidden + 2 * queries + 2 * keys + 3 * inner)
+    # Values that a layer keeps for its gradient, in bf16: norms' and LoRA's inputs, attention's, the gated product's.
+    kept = 4 * hidden + 3 * queries + 3 * keys + 3 * inner + (0 if fused else 4 * hidden + inner)
+    # The reference's forward pass, or the layer that is computed anew, comes on top of what all layers keep.
+    one = 2 * (8 * hidden + 3 * queries + 3 * keys + 4 * inner)
+    return MemoryNeed(weights + adapter, 2 * layers * kept + one, 2 * layers * hidden + one)
+
+
+def fitting(
+    memory: float,
+    need: MemoryNeed,
+    row_tokens: int,
+    most: int,
+    micro_batch: int | None = None,
+    checkpointing: bool | None = None,
+) -> tuple[int, bool]:
+    """(rows at once, whether activations are recomputed) on a GPU of so many bytes; `most` rows must divide by the first.
+
+    Recomputing comes in where too few rows fit without it. micro_batch, checkpointing: as asked for. Raises UserError.
+    """
+    room = MEMORY_SHARE * memory - MEMORY_APART - need.held
+    tried = [n for n in range(1, most + 1) if most % n == 0 and n * row_tokens <= max(MAX_TOKENS, row_tokens)]
+    if micro_batch:
+        tried = [micro_batch]
+    plain, recomputed = (
+        max((n for n in tried if n * row_tokens * token <= room), default=0)
+        for token in (need.token, need.token_recomputed)
+    )
+    if checkpointing is None:
+        checkpointing = plain * row_tokens < MIN_TOKENS and (recomputed > plain or not plain)
+    # Who names a micro-batch may try it, whatever is estimated here.
+    chosen = micro_batch or (recomputed if checkpointing else plain)
+    if not chosen:
+        least = need.token_recomputed if checkpointing else need.token
+        gigabytes = (need.held + row_tokens * least + MEMORY_APART) / MEMORY_SHARE / 1e9
+        raise UserError(f"training needs a GPU with {gigabytes:.0f} GB free for rows of {row_tokens} tokens")
+    return chosen, checkpointing
+
+
+def fused_kernels() -> bool:
+    """Whether liger-kernel is there."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+class ByLength:
+    """A random order of rows in which those of one optimizer step stand by length, so that little is padding.
+
+    Which rows a step has is left to chance, so what is learned stays the same. lengths: of each row, in tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
+        self.lengths = lengths
+        self.batch = batch
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the beginning of every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.batch):
+            yield from sorted(order[start : start + self.batch], key=lambda row: -self.lengths[row])
+
+    epoch = 0
+
+
+def speed_up(trainer: Any, lengths: Sequence[int], batch: int) -> None:
+    """Leave out what costs a GPU time and changes no result. lengths: of the trainer's rows, in tokens."""
+    sampler = ByLength(lengths, batch, trainer.args.seed)
+    trainer._get_train_sampler = lambda _dataset=None: sampler
+
+    def without_mask(_module: Any, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        # Padding stands on the right, where no token of a causal model sees it; without a mask attention is faster.
+        return words, {name: value for name, value in named.items() if name != "attention_mask"}
+
+    trainer.model.register_forward_pre_hook(without_mask, with_kwargs=True)
+    for module in trainer.model.modules():
+        # Autocast brings the adapter's weights to its inputs' type; casting the inputs to theirs first is wasted.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def lora_config(model: Model, args: TrainArgs) -> Any:
@@ -200,9 +345,25 @@ def _train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: b
         (fresh / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
         draw_losses(history, fresh / "loss.png")
         meta = {"settings": dict(settings), "git": git_commit(), "versions": versions(), "steps": steps}
+        meta["device"] = device_of(trainer)
         write_json(fresh / META, meta | {"written": datetime.now(UTC).isoformat(timespec="seconds")})
     shutil.rmtree(checkpoints)
     print(f"{output}: {steps} steps, loss {history[0]['loss']:.4f} → {history[-1]['loss']:.4f}")
+
+
+def device_of(trainer: Any) -> dict[str, Any]:
+    """What a Trainer runs on, and the settings that were chosen for it; memory in bytes."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "name": torch.cuda.get_device_name() if cuda else "cpu",
+        "processes": world_size(),
+        "micro_batch_size": trainer.args.per_device_train_batch_size,
+        "gradient_checkpointing": trainer.args.gradient_checkpointing,
+        "liger_kernel": trainer.args.use_liger_kernel,
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+    }
 
 
 def _resumable(checkpoints: Path, settings: Mapping[str, Any], overwrite: bool) -> Path | None:
@@ -262,6 +423,8 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
 def settings_of(args: TrainArgs, model: Model, data: Path) -> dict[str, Any]:
     """What an adapter remembers of how it was trained."""
     left_out = {"constitution", "limit", "overwrite", "dry_run", "tokens_per_second", "report_to", "model", "name"}
+    # How a batch is divided changes nothing that is learned.
+    left_out |= {"micro_batch_size", "gradient_checkpointing"}
     chosen = {key: value for key, value in asdict(args).items() if key not in left_out}
     source = {"model": model.short, "weights": fingerprint(model)}
     return source | {"lora": model.lora, "data": rows.file_digest(data), "limit": args.limit} | chosen

@@ -81,6 +81,7 @@ def extra_loss(policy: Any, reference: Any, mask: Any, nll_coef: float, sq_coef:
 def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoints: Path) -> Any:
     """TRL's DPOTrainer with the two further terms. The reference is the same network with its adapter off."""
     import datasets
+    import torch
     import trl
 
     datasets.disable_progress_bars()
@@ -126,19 +127,27 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
             raise UserError("a pair's chosen and rejected prompts differ; make the data anew")
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
+    at_once = training.micro_batch_of(args, model, network, 2 * args.max_length)
     config = trl.DPOConfig(
-        **training.trainer_arguments(args, checkpoints, len(pairs)),
+        **training.trainer_arguments(args, at_once, checkpoints, len(pairs)),
         beta=args.beta,
         loss_type=["sigmoid_norm" if args.length_normalized else "sigmoid"],
         max_length=args.max_length,
     )
-    return Trainer(
+    trainer = Trainer(
         model=network,
         peft_config=training.lora_config(model, args),
         args=config,
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
+    if torch.cuda.is_available():
+        lengths = [
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in trainer.train_dataset
+        ]
+        training.speed_up(trainer, lengths, args.batch_size)
+    return trainer
 
 
 def main(args: Args) -> None:

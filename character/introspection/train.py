@@ -64,6 +64,7 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
     """TRL's SFTTrainer on the student with its DPO adapter folded in, in memory."""
     import datasets
     import peft
+    import torch
     import trl
 
     from character.engine.transformers import load_network, stop_ids
@@ -79,19 +80,23 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
     if args.packing:
         # Position ids that begin anew with each row tell transformers' attention which tokens belong together.
         fed = trl.pack_dataset(fed, args.max_length)
+    at_once = training.micro_batch_of(args, model, network, args.max_length)
     config = trl.SFTConfig(
-        **training.trainer_arguments(args, checkpoints, len(fed)),
+        **training.trainer_arguments(args, at_once, checkpoints, len(fed)),
         max_length=args.max_length,
         packing=args.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return trl.SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=network,
         peft_config=training.lora_config(model, args),
         args=config,
         train_dataset=fed,
         processing_class=tokenizer,
     )
+    if torch.cuda.is_available():
+        training.speed_up(trainer, [len(ids) for ids in fed["input_ids"]], args.batch_size)
+    return trainer
 
 
 def main(args: Args) -> None:
