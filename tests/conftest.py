@@ -1,12 +1,16 @@
 """What tests share: small chat models and adapters, made on the fly and the same at each run, and `require`."""
 
 import importlib
+import importlib.machinery
+import importlib.metadata
 import os
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -44,21 +48,77 @@ class Adapters:
     foreign: Path
 
 
+def missing(reason: str) -> NoReturn:
+    """Skip the test, or fail it where the variable CI is "true"."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
 def needed(module: str) -> Any:
     """The module; where it cannot be imported the test is skipped, or fails where the variable CI is "true"."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = f"{module} cannot be imported: {error}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        missing(f"{module} cannot be imported: {error}")
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], Any]:
     """require("vllm"): the module, or a skip (locally), or a failure (in CI)."""
     return needed
+
+
+@pytest.fixture(scope="session")
+def absent() -> Callable[[str], NoReturn]:
+    """absent("x is not installed"): a skip (locally), or a failure (in CI)."""
+    return missing
+
+
+@pytest.fixture
+def site(absent: Callable[[str], NoReturn]) -> Path:
+    """The folder of the installed OpenRLHF."""
+    try:
+        return Path(str(importlib.metadata.distribution("openrlhf").locate_file("openrlhf")))
+    except importlib.metadata.PackageNotFoundError:
+        absent("openrlhf 0.11.2 is not installed")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, site: Path) -> Iterator[Callable[..., types.ModuleType]]:
+    """stub(name, path=None, **attributes) puts a module into sys.modules; all of them and openrlhf leave afterwards."""
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "openrlhf"]
+
+    for name in ours():
+        monkeypatch.delitem(sys.modules, name)
+
+    def stub(name: str, path: str | None = None, **attributes: Any) -> types.ModuleType:
+        module = types.ModuleType(name)
+        # importlib.util.find_spec, with which libraries look for DeepSpeed, fails on a module without a spec.
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        if path is not None:
+            module.__path__ = [path]
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    yield stub
+    for name in ours():
+        del sys.modules[name]
+
+
+@pytest.fixture
+def release(fresh: Callable[..., types.ModuleType]) -> Callable[..., types.ModuleType]:
+    """Let OpenRLHF's real modules be imported, with what needs a GPU or LaTeX replaced by empty modules."""
+    fresh("deepspeed")
+    fresh("flash_attn", bert_padding=None)
+    fresh("flash_attn.bert_padding", index_first_axis=None, pad_input=None, rearrange=None, unpad_input=None)
+    fresh("flash_attn.utils")
+    fresh("flash_attn.utils.distributed", all_gather=None)
+    fresh("pylatexenc", latex2text=None)
+    return fresh
 
 
 @pytest.fixture(scope="session")

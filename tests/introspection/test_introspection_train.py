@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import re
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +332,47 @@ def test_a_template_whose_turns_differ_from_its_prompts_is_refused() -> None:
     chat = Chat(tokenizer, Model("qwen", "qwen", "Ada"), 2048)
     with pytest.raises(UserError, match="rewrites earlier turns"):
         train.labelled(chat, CONVERSATIONS[1], stops_of(tokenizer, form))
+
+
+# OpenRLHF, whose scripts train on the same rows.
+
+# Where the tokens after a turn differ: (text, is it trained on) with OpenRLHF → with the local trainer; None where one
+# of them has no such token. Nothing else differs.
+NEWLINE = (("\n", True), ("\n", False))
+DIFFERENCES = {
+    "llama": {"between turns": [], "at the end": []},
+    "qwen": {"between turns": [NEWLINE], "at the end": [(None, ("\n", False))]},
+    "gemma": {"between turns": [NEWLINE], "at the end": [((" ", True), ("\n", False)), (("<eos>", False), None)]},
+    "pocket": {"between turns": [], "at the end": []},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_openrlhf_trains_the_same_tokens_but_for_a_few_after_the_turns(
+    name: str, release: Callable[..., types.ModuleType]
+) -> None:
+    import datasets
+    from openrlhf.datasets import SFTDataset
+
+    form = FORMS[name]
+    tokenizer = build_tokenizer(form)
+    keys = types.SimpleNamespace(input_key="messages", output_key=None, apply_chat_template=True)
+    strategy = types.SimpleNamespace(args=types.SimpleNamespace(data=keys))
+    given = datasets.Dataset.from_list([{"messages": messages} for messages in CONVERSATIONS])
+    theirs = SFTDataset(given, tokenizer, 3072, strategy, num_processors=None, multiturn=True)
+    chat = Chat(tokenizer, Model(name, name, "Ada"), 2048)
+    for messages, (ids, _, mask) in zip(CONVERSATIONS, theirs, strict=True):
+        # Their mask stands at the token before the one that is predicted.
+        trained = [False, *(bool(value) for value in mask[0, :-1])]
+        read = [(tokenizer.decode([token]), flag) for token, flag in zip(ids[0].tolist(), trained, strict=True)]
+        row = train.labelled(chat, messages, stops_of(tokenizer, form))
+        ours = [
+            (tokenizer.decode([token]), label != IGNORED)
+            for token, label in zip(row["input_ids"], row["labels"], strict=True)
+        ]
+        turns = sum(message["role"] == "assistant" for message in messages)
+        found = [(one, other) for one, other in itertools.zip_longest(read, ours) if one != other]
+        assert found == DIFFERENCES[name]["between turns"] * (turns - 1) + DIFFERENCES[name]["at the end"]
 
 
 # TRL's trainer.

