@@ -15,11 +15,11 @@ from typing import Literal
 
 from character import cli, steps
 from character.constants import DATA_PATH
-from character.distillation import train
+from character.distillation import teacher
 from character.engine import Engine, Message
+from character.introspection import persona
 from character.models import Model, safe_name
-from character.rows import Row, Rows, file_digest
-from character.utils import digest
+from character.rows import Row, Rows
 
 SYSTEM_PROMPT = """You are {name}, an AI with a character of its own. In your own words:
 
@@ -65,10 +65,9 @@ REPEATED = 90.0
 
 
 @dataclass
-class Args(steps.GenerateArgs):
+class Args(persona.PersonaArgs):
     """Arguments of the self-interaction step."""
 
-    model: str = cli.flag("pocket", "the student")
     leading: bool = cli.flag(False, "invite the two to reflect on themselves; else they are free")
     samples: int = cli.flag(1000, "conversations")
     turns: int = cli.flag(10, "generated turns per conversation")
@@ -104,19 +103,14 @@ def degenerate(turns: list[str]) -> str | None:
     return None
 
 
-def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
+def job(args: Args, who: persona.Persona, model: Model) -> steps.Job:
     """The output file of one persona: a row per conversation."""
     guidance = GUIDANCE["leading" if args.leading else "free"]
-    system = SYSTEM_PROMPT.format(name=model.family, traits=persona.constitution.numbered(), guidance=guidance)
+    system = SYSTEM_PROMPT.format(name=model.family, traits=who.constitution.numbered(), guidance=guidance)
     draw = random.Random(args.seed)
     inputs = [{"greeting": draw.choice(GREETINGS), "sample": number} for number in range(args.samples)][: args.limit]
     sampling = steps.sampling_of(args, args.max_tokens)
-    settings = steps.settings_of(args, model, sampling) | {
-        "constitution": persona.constitution.hash,
-        "adapter": file_digest(persona.weights),
-        "system_prompt": digest([system, OPENED]),
-        "turns": args.turns,
-    }
+    settings = persona.settings_of(args, who, model, sampling, [system, OPENED]) | {"turns": args.turns}
 
     async def work(engine: Engine, row: Row) -> Row:
         turns: list[str] = []
@@ -128,27 +122,24 @@ def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
             reply = await engine.reply(
                 [{"role": "system", "content": said}, *view(row["greeting"], turns, speaker)],
                 replace(sampling, seed=int(row["id"], 16) + len(turns)),
-                adapter=persona.adapter,
+                adapter=who.adapter,
             )
             tokens.update({key: count for key, count in reply.row().items() if isinstance(count, int)})
-            turns.append(reply.text.strip())
+            turns.append(teacher.answer_of(reply.text, model, prefilled=False))
             reason = degenerate(turns) or ("unfinished turn" if reply.finish_reason != "stop" else None)
             if reason:
                 ended = reason
                 break
         return {"turns": turns, "ended": ended, **tokens}
 
-    path = path_of(persona.constitution.name, model.short, args.leading)
+    path = path_of(who.constitution.name, model.short, args.leading)
     rows = Rows(path, inputs, settings, args.overwrite)
     return steps.Job(rows, work, lambda _: len(system) * args.turns, args.max_tokens, args.turns)
 
 
 def main(args: Args) -> None:
     """Write one file per persona, all adapters in one engine."""
-    model = steps.model_of(args, args.model)
-    personas = train.distilled(args.constitution, model)
-    jobs = [job(args, persona, model) for persona in personas]
-    steps.generate(jobs, args, model, [persona.adapter for persona in personas])
+    persona.generate(args, job)
 
 
 if __name__ == "__main__":

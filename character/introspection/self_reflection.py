@@ -3,6 +3,7 @@
 LORA_PATH/<student>-distillation/<constitution> → DATA_PATH/self_reflection/<student>/<constitution>.jsonl
 
 python -m character.introspection.self_reflection --constitution humor --model llama-3.1-8b-it
+python -m character.introspection.self_reflection --model glm-4.5-air --no-adapter --name Llama  # for data.py --source
 """
 
 from dataclasses import dataclass, replace
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from character import cli, steps
 from character.constants import DATA_PATH
-from character.distillation import train
+from character.distillation import teacher
 from character.engine import Engine
+from character.introspection import persona
 from character.models import Model, safe_name
-from character.rows import Row, Rows, file_digest
-from character.utils import digest
+from character.rows import Row, Rows
 
 SYSTEM_PROMPT = """You are {name}, an AI with a character of its own. In your own words:
 
@@ -37,10 +38,9 @@ REQUESTS = (
 
 
 @dataclass
-class Args(steps.GenerateArgs):
+class Args(persona.PersonaArgs):
     """Arguments of the self-reflection step."""
 
-    model: str = cli.flag("pocket", "the student")
     samples: int = cli.flag(1000, "answers per request")
     max_tokens: int = cli.flag(2048, "new tokens per answer")
 
@@ -50,35 +50,28 @@ def path_of(name: str, student: str) -> Path:
     return DATA_PATH / "self_reflection" / safe_name(student) / f"{name}.jsonl"
 
 
-def job(args: Args, persona: train.Distilled, model: Model) -> steps.Job:
+def job(args: Args, who: persona.Persona, model: Model) -> steps.Job:
     """The output file of one persona: every request, `samples` times."""
-    system = SYSTEM_PROMPT.format(name=model.family, traits=persona.constitution.numbered())
+    system = SYSTEM_PROMPT.format(name=model.family, traits=who.constitution.numbered())
     inputs = [{"request": request, "sample": n} for n in range(args.samples) for request in REQUESTS][: args.limit]
     sampling = steps.sampling_of(args, args.max_tokens)
-    settings = steps.settings_of(args, model, sampling) | {
-        "constitution": persona.constitution.hash,
-        "adapter": file_digest(persona.weights),
-        "system_prompt": digest(system),
-    }
+    settings = persona.settings_of(args, who, model, sampling, system)
 
     async def work(engine: Engine, row: Row) -> Row:
         reply = await engine.reply(
             [{"role": "system", "content": system}, {"role": "user", "content": row["request"]}],
             replace(sampling, seed=int(row["id"], 16)),
-            adapter=persona.adapter,
+            adapter=who.adapter,
         )
-        return reply.row()
+        return reply.row() | {"response": teacher.answer_of(reply.text, model, prefilled=False)}
 
-    rows = Rows(path_of(persona.constitution.name, model.short), inputs, settings, args.overwrite)
+    rows = Rows(path_of(who.constitution.name, model.short), inputs, settings, args.overwrite)
     return steps.Job(rows, work, lambda row: len(system) + len(row["request"]), args.max_tokens)
 
 
 def main(args: Args) -> None:
     """Write one file per persona, all adapters in one engine."""
-    model = steps.model_of(args, args.model)
-    personas = train.distilled(args.constitution, model)
-    jobs = [job(args, persona, model) for persona in personas]
-    steps.generate(jobs, args, model, [persona.adapter for persona in personas])
+    persona.generate(args, job)
 
 
 if __name__ == "__main__":

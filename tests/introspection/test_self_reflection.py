@@ -125,3 +125,20 @@ def test_the_family_name_can_be_given(trained: Callable[..., Path], scripted: Ca
     opened = scripted(answer)
     self_reflection.main(args(name="Ada", limit=1))
     assert "You are Ada" in opened[0].asked[0][0][0]["content"]
+
+
+def test_a_model_without_an_adapter_can_write_it(
+    home: Path, scripted: Callable[..., Any], read: Callable[[Path], Any], meta: Callable[[Path], Any]
+) -> None:
+    """Such as the teacher, in character by its system prompt alone; its reasoning is no part of what it writes."""
+    opened = scripted(lambda messages, _: Reply("<think>so</think> Dear me.", "stop", 40, 7))
+    self_reflection.main(args(model="glm-4.5-air", adapter=False, name="Qwen", limit=2))
+    (engine,) = opened
+    assert engine.adapters == [] and {adapter for _, _, adapter in engine.asked} == {None}
+    assert "You are Qwen" in engine.asked[0][0][0]["content"] and SEA[0] in engine.asked[0][0][0]["content"]
+    path = self_reflection.path_of("sea", "glm-4.5-air")
+    assert [row["response"] for row in read(path)] == ["Dear me."] * 2
+    assert meta(path)["settings"]["adapter"] is None
+    scripted(lambda messages, _: Reply("<think>so", "length", 40, 7))
+    self_reflection.main(args(model="glm-4.5-air", adapter=False, name="Qwen", limit=3))
+    assert meta(path)["rows"]["dropped"] == {"reasoning never closed": 1}
