@@ -23,6 +23,8 @@ MIN_SHARED = 32
 # From this many requests with a common prefix on, they make a batch of their own.
 MIN_SHARING = 4
 MAX_BATCH = 128
+# Tokens that a draw looks at first.
+LIKELIEST = 64
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TransformersEngine(Engine):
         self.seed = seed
         self.adapters = list(adapters)
         self._names: dict[Path, str] = {}
+        self._active: str | None = None
         self._waiting: list[_Request] = []
         self._batch: list[_Request] = []
         self._wake = asyncio.Event()
@@ -214,10 +217,28 @@ class TransformersEngine(Engine):
         return [self._reply(request, new) for request, new in zip(batch, answers, strict=True)]
 
     def _using(self, adapter: Path | None) -> Any:
-        if adapter is not None:
-            self.network.set_adapter(self._names[adapter])
+        if not self._names:
             return contextlib.nullcontext()
-        return self.network.disable_adapter() if self._names else contextlib.nullcontext()
+        name = self._names[adapter] if adapter is not None else None
+        if name != self._active:
+            if self._active is not None and self._folds:
+                self.network.unmerge_adapter()
+            if name is not None:
+                self.network.set_adapter(name)
+                if self._folds:
+                    self.network.merge_adapter([name])
+            self._active = name
+        return self.network.disable_adapter() if name is None else contextlib.nullcontext()
+
+    @property
+    def _folds(self) -> bool:
+        """Whether the adapter in use is added into the weights, where it costs nothing per token.
+
+        Not in bfloat16, which would round what it adds.
+        """
+        import torch
+
+        return bool(self.network.dtype == torch.float32)
 
     @contextlib.contextmanager
     def _steered(self, steering: Steering | None) -> Iterator[None]:
@@ -366,12 +387,16 @@ def sample(logits: Any, seen: Any, sampling: Sampling, draws: list[Any]) -> Any:
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    weights = (logits / sampling.temperature).softmax(-1)
+    # The likeliest few mostly hold all of top_p, and to find them is much less work than to sort the vocabulary.
+    probabilities, order = weights.topk(min(LIKELIEST, weights.shape[1]))
+    if (probabilities.sum(-1) < sampling.top_p).any():
+        probabilities, order = weights.sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     points = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(logits.device)
     targets = (points * probabilities.sum(-1))[:, None]
-    chosen = torch.searchsorted(probabilities.cumsum(-1), targets, right=True).clamp_max(logits.shape[1] - 1)
+    chosen = torch.searchsorted(probabilities.cumsum(-1), targets, right=True).clamp_max(probabilities.shape[1] - 1)
     # Rounding may put the point past the last token that is allowed.
     chosen = torch.minimum(chosen, (probabilities > 0).sum(-1, keepdim=True) - 1)
     return order.gather(1, chosen)[:, 0]
