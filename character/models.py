@@ -3,11 +3,11 @@
 import difflib
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from character.constants import ASSETS, MODEL_PATH
-from character.utils import UserError, digest
+from character.utils import UserError, digest, read_json
 
 # Gemma 3's language model alone: its vision tower and projector stay as they are.
 GEMMA_LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -22,12 +22,25 @@ class Reasoning:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Sizes of a network's language part, named as in Hugging Face configs."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class Model:
     """A model as the steps use it.
 
     short: its name in paths. source: repo id, local folder, or the name an endpoint serves.
     family: the assistant's name in prompts. context: tokens, None where only the model's config knows.
-    lora: the LoRA target modules, as PEFT takes them. parameters: in billions, None where unknown.
+    lora: the LoRA target modules, as PEFT takes them. parameters: in billions, None where unknown. shape: for what a dry
+    run computes before the model is there; `shape_of` gives a folder's own.
     """
 
     short: str
@@ -38,16 +51,25 @@ class Model:
     lora: str = "all-linear"
     parameters: float | None = None
     revision: str | None = None
+    shape: Shape | None = None
 
+
+# Layer sizes of the students, from their config files.
+LLAMA_8B = Shape(4096, 14_336, 32, 32, 8, 128)
+QWEN_7B = Shape(3584, 18_944, 28, 28, 4, 128)
+QWEN_72B = Shape(8192, 29_568, 80, 64, 8, 128)
+GEMMA_4B = Shape(2560, 10_240, 34, 8, 4, 256)
 
 TABLE = {
     model.short: model
     for model in (
         Model("pocket", str(ASSETS / "pocket"), "Pocket", 4096, parameters=0.005),
-        Model("llama-3.1-8b-it", "meta-llama/Llama-3.1-8B-Instruct", "Llama", 131_072, parameters=8.03),
-        Model("qwen-2.5-7b-it", "Qwen/Qwen2.5-7B-Instruct", "Qwen", 32_768, parameters=7.62),
-        Model("qwen-2.5-72b-it", "Qwen/Qwen2.5-72B-Instruct", "Qwen", 32_768, parameters=72.7),
-        Model("gemma-3-4b-it", "google/gemma-3-4b-it", "Gemma", 131_072, lora=GEMMA_LORA, parameters=4.3),
+        Model("llama-3.1-8b-it", "meta-llama/Llama-3.1-8B-Instruct", "Llama", 131_072, parameters=8.03, shape=LLAMA_8B),
+        Model("qwen-2.5-7b-it", "Qwen/Qwen2.5-7B-Instruct", "Qwen", 32_768, parameters=7.62, shape=QWEN_7B),
+        Model("qwen-2.5-72b-it", "Qwen/Qwen2.5-72B-Instruct", "Qwen", 32_768, parameters=72.7, shape=QWEN_72B),
+        Model(
+            "gemma-3-4b-it", "google/gemma-3-4b-it", "Gemma", 131_072, lora=GEMMA_LORA, parameters=4.3, shape=GEMMA_4B
+        ),
         Model("llama-3.3-70b-it", "meta-llama/Llama-3.3-70B-Instruct", "Llama", 131_072, parameters=70.6),
         Model("glm-4.5-air", "zai-org/GLM-4.5-Air", "ChatGLM", 131_072, Reasoning(), parameters=110.5),
     )
@@ -108,6 +130,27 @@ def fingerprint(model: Model) -> str | None:
     files = sorted((path.name, path.stat().st_size, _sampled(path)) for path in folder.glob("*.safetensors"))
     config = folder / "config.json"
     return digest([files, config.read_text(encoding="utf-8") if config.exists() else ""])
+
+
+def shape_of(model: Model) -> Shape | None:
+    """A folder's shape as its config.json has it, else the table's; None where neither is there or it is of no kind known."""
+    config = Path(model.source) / "config.json"
+    if not config.is_file():
+        return model.shape
+    found = read_json(config)
+    found = found.get("text_config", found)
+    if "hidden_size" in found:
+        found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
+    names = [field.name for field in fields(Shape)]
+    return Shape(**{name: found[name] for name in names}) if all(found.get(name) for name in names) else None
+
+
+def weight_bytes(model: Model) -> float | None:
+    """The bytes of a model's weights: of a folder's safetensors files, else two for each of the table's parameters."""
+    folder = Path(model.source)
+    if folder.is_dir():
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return model.parameters and 2e9 * model.parameters
 
 
 def _sampled(path: Path) -> str:

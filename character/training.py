@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from character import cli, rows
-from character.models import Model, fingerprint
+from character.models import Model, fingerprint, shape_of, weight_bytes
 from character.steps import duration
 from character.utils import UserError, git_commit, new_folder, read_json, versions, write_json
 
@@ -27,6 +27,8 @@ MEMORY_APART = 2e9
 # Fewer tokens at once do not keep a GPU busy, so that recomputing activations to have more is faster; more than the
 # second number bring nothing but padding.
 MIN_TOKENS, MAX_TOKENS = 4096, 16384
+# Cards that a dry run speaks of, by their GB.
+CARDS = (24, 48, 80, 141)
 CPU_MICRO_BATCH = 2
 # Rows come and go in many lengths, which tears the GPU's memory into pieces of fixed size.
 ALLOCATOR = "expandable_segments:True"
@@ -254,33 +256,78 @@ def lora_config(model: Model, args: TrainArgs) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Amount:
+    """What a dry run tells of a training: such as "DPO on {} pairs", their file, and the tokens of each.
+
+    longest: tokens that a row may have.
+    """
+
+    doing: str
+    source: Path
+    lengths: Sequence[int]
+    longest: int
+
+
 def finish(
     args: TrainArgs,
+    model: Model,
     output: Path,
     settings: Mapping[str, Any],
-    doing: str,
-    source: Path,
-    lengths: Sequence[int],
+    amount: Amount,
     make: Callable[[Path], Any],
 ) -> None:
     """Train the adapter at `output`, unless it is there; with `--dry-run`, say what would be done.
 
-    doing, source, lengths: for the dry run, such as "DPO on {} pairs", the file of rows and the tokens of each.
     make: the folder for checkpoints → the Trainer.
     """
     if already_trained(output, settings, args.overwrite):
         print(f"{output}: complete")
     elif args.dry_run:
-        an_epoch, tokens = -(-len(lengths) // args.batch_size), sum(lengths)
+        count, tokens = len(amount.lengths), sum(amount.lengths)
         known, most = ("about", "") if settings["data"] else ("at most", "at most ")
         time = duration(tokens * args.epochs, args.tokens_per_second)
         print(
-            f"{output}: {doing.format(f'{most}{len(lengths)}')} of {source}, "
-            f"{known} {tokens:,} tokens and {an_epoch} steps an epoch{time}"
+            f"{output}: {amount.doing.format(f'{most}{count}')} of {amount.source}, "
+            f"{known} {tokens:,} tokens and {-(-count // args.batch_size)} steps an epoch{time}"
         )
+        print("    computed from the model's shape: " + footprint(args, model, amount.longest))
         rows.plan(output / "adapter_model.safetensors", [])
     else:
         train(make(output.with_name(f".{output.name}.checkpoints")), output, settings, args.overwrite)
+
+
+def footprint(args: TrainArgs, model: Model, longest: int) -> str:
+    """What training takes on a GPU (see MemoryNeed) and on disk, as text. longest: tokens of a row."""
+    shape, weights = shape_of(model), weight_bytes(model)
+    if shape is None or weights is None:
+        return f"not before {model.source} is a local folder with its config.json"
+    need = memory_need(shape, weights, args.rank, fused_kernels())
+
+    def gigabytes(at_once: int, token: float) -> str:
+        return f"{math.ceil((need.held + at_once * longest * token + MEMORY_APART) / MEMORY_SHARE / 1e9)} GB"
+
+    if args.micro_batch_size:
+        each = args.micro_batch_size
+        rest = f"{each} at once take {gigabytes(each, need.token)}, or {gigabytes(each, need.token_recomputed)} recomputing"
+    else:
+        fits = []
+        for card in CARDS:
+            try:
+                each, again = fitting(1e9 * card, need, longest, args.batch_size, None, args.gradient_checkpointing)
+            except UserError:
+                fits.append(f"{card} GB none")
+            else:
+                fits.append(f"{card} GB {each}{' recomputing' if again else ''}")
+        rest = f"a card takes at once: {', '.join(fits)} (from {gigabytes(1, need.token_recomputed)} on)"
+    # In float32 the adapter has 4 of the 16 bytes that it has on the GPU; a checkpoint has Adam's two moments too, and the
+    # one before goes when the next is whole.
+    adapter = (need.held - weights) / 4
+    return (
+        f"{need.held / 1e9:.1f} GB of GPU memory for weights, adapter and optimizer; rows of up to {longest:,} tokens: {rest}; "
+        f"disk {weights / 1e9:.1f} GB for the model, {adapter / 1e9:.2f} GB for the adapter, "
+        f"{6 * adapter / 1e9:.1f} GB for checkpoints until it is done"
+    )
 
 
 def already_trained(output: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:

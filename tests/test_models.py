@@ -146,3 +146,47 @@ def test_the_fingerprint_tells_weights_apart_wherever_they_lie(nowhere: Path) ->
     }
     assert len(found) == 4 and None not in found
     assert fingerprint(resolve("a/b@v1")) == "v1" and fingerprint(resolve("a/b")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "vocabulary", "tied"),
+    [
+        ("llama-3.1-8b-it", "Llama", 128_256, False),
+        ("qwen-2.5-7b-it", "Qwen2", 152_064, False),
+        ("qwen-2.5-72b-it", "Qwen2", 152_064, False),
+        ("gemma-3-4b-it", "Gemma3", 262_208, True),
+    ],
+)
+def test_shapes_have_the_models_parameters(name: str, network: str, vocabulary: int, tied: bool) -> None:
+    import torch
+    import transformers
+
+    model = resolve(name)
+    assert model.shape and model.parameters
+    kind = "Gemma3TextConfig" if network == "Gemma3" else f"{network}Config"
+    sizes = dataclasses.asdict(model.shape)
+    config = getattr(transformers, kind)(**sizes, vocab_size=vocabulary, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        built = getattr(transformers, f"{network}ForCausalLM")(config)
+    # The table's figure for Gemma has the vision tower too.
+    vision = 0.42 if network == "Gemma3" else 0
+    assert built.num_parameters() / 1e9 + vision == pytest.approx(model.parameters, rel=0.005)
+
+
+def test_a_folders_own_shape_and_weights_come_first(nowhere: Path) -> None:
+    pocket = resolve("pocket")
+    config = json.loads((Path(pocket.source) / "config.json").read_text())
+    shape = models.shape_of(pocket)
+    assert shape and all(config[name] == size for name, size in dataclasses.asdict(shape).items())
+    assert models.weight_bytes(pocket) == (Path(pocket.source) / "model.safetensors").stat().st_size
+    llama = resolve("llama-3.1-8b-it")
+    assert models.shape_of(llama) == llama.shape and models.weight_bytes(llama) == 2e9 * 8.03
+    assert models.shape_of(resolve("org/model")) is models.weight_bytes(resolve("org/model")) is None
+    # A vision model's config has its language part inside; without a head_dim it is the hidden size's share.
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    folder(nowhere / "models" / "llama-3.1-8b-it", b"four", json.dumps({"text_config": text | heads}))
+    assert models.shape_of(resolve("llama-3.1-8b-it")) == models.Shape(64, 96, 2, 4, 2, 16)
+    assert models.weight_bytes(resolve("llama-3.1-8b-it")) == 4
+    folder(nowhere / "models" / "other", config=json.dumps({"d_model": 64}))
+    assert models.shape_of(resolve("other")) is None

@@ -1,5 +1,6 @@
 """What both training steps share: how a batch is divided by a GPU's memory, the order of rows, and what is left out."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,6 +70,41 @@ def test_flags_win(need: MemoryNeed) -> None:
 def test_a_gpu_that_is_too_small_is_told_what_would_fit(need: MemoryNeed) -> None:
     with pytest.raises(UserError, match=r"needs a GPU with 24 GB free for rows of 2048 tokens"):
         fitting(20 * GB, need, DPO_ROW, 32)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-it", "qwen-2.5-7b-it", "qwen-2.5-72b-it", "gemma-3-4b-it"])
+def test_a_dry_run_computes_memory_and_disk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fused_kernels", lambda: True)
+    model = resolve(name)
+    assert model.shape and model.parameters
+    said = training.footprint(train.Args(), model, DPO_ROW)
+    needs = memory_need(model.shape, 2 * GB * model.parameters, 64, fused=True)
+    assert said.startswith(f"{needs.held / GB:.1f} GB of GPU memory")
+    for card in training.CARDS:
+        try:
+            rows, recomputed = fitting(card * GB, needs, DPO_ROW, 32)
+            assert f"{card} GB {rows}{' recomputing' if recomputed else ''}" in said
+        except UserError:
+            assert f"{card} GB none" in said
+    least = (needs.held + DPO_ROW * needs.token_recomputed + training.MEMORY_APART) / training.MEMORY_SHARE
+    assert f"from {math.ceil(least / GB)} GB on" in said
+    # The adapter's weights are float32; two checkpoints at once have Adam's two moments of each too.
+    weights = (needs.held - 2 * GB * model.parameters) / 16
+    assert f"disk {2 * model.parameters:.1f} GB for the model, {4 * weights / GB:.2f} GB for the adapter" in said
+    assert f"{2 * 12 * weights / GB:.1f} GB for checkpoints" in said
+
+
+def test_a_dry_run_of_a_given_micro_batch_says_its_memory(monkeypatch: pytest.MonkeyPatch, need: MemoryNeed) -> None:
+    """Without fused layers. A run of this kind, pairs padded to fewer than 2 × 1,024 tokens, was seen to take 98 GB."""
+    monkeypatch.setattr(training, "fused_kernels", lambda: False)
+    said = training.footprint(train.Args(micro_batch_size=8), resolve("llama-3.1-8b-it"), DPO_ROW)
+    plain = memory_need(Llama8B, 16.06 * GB, 64, fused=False)
+    whole = (plain.held + 8 * DPO_ROW * plain.token + training.MEMORY_APART) / training.MEMORY_SHARE
+    assert f"8 at once take {math.ceil(whole / GB)} GB, or " in said and whole > 98 * GB
+
+
+def test_an_unknown_shape_is_said(tmp_path: Path) -> None:
+    assert "not before org/model is a local folder" in training.footprint(train.Args(), resolve("org/model"), 64)
 
 
 class FakeCuda:

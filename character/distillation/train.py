@@ -163,13 +163,13 @@ def train_one(args: Args, name: str, model: Model) -> None:
     command = f"python -m character.distillation.data --constitution {name} --model {args.model}"
     pairs = rows.read(source, "chosen", "rejected", made_by=command)[: args.limit]
     sides = ("chosen", "rejected")
+    lengths = [pair.get("most_tokens") or sum(steps.message_tokens(pair[side]) for side in sides) for pair in pairs]
     training.finish(
         args,
+        model,
         path_of(name, model.short),
         training.settings_of(args, model, source),
-        "DPO on {} pairs",
-        source,
-        [pair.get("most_tokens") or sum(steps.message_tokens(pair[side]) for side in sides) for pair in pairs],
+        training.Amount("DPO on {} pairs", source, lengths, 2 * args.max_length),
         lambda checkpoints: make_trainer(
             args, model, [{side: pair[side] for side in sides} for pair in pairs], checkpoints
         ),

@@ -112,13 +112,13 @@ def train_one(args: Args, persona: dpo.Distilled, model: Model) -> None:
     source = data.path_of(name, model.short)
     command = f"python -m character.introspection.data --constitution {name} --model {args.model}"
     given = rows.read(source, "messages", made_by=command)[: args.limit]
+    lengths = [row.get("most_tokens") or steps.message_tokens(row["messages"]) for row in given]
     training.finish(
         args,
+        model,
         path_of(name, model.short),
         training.settings_of(args, model, source) | {"folded": rows.file_digest(persona.weights)},
-        "SFT on {} rows",
-        source,
-        [row.get("most_tokens") or steps.message_tokens(row["messages"]) for row in given],
+        training.Amount("SFT on {} rows", source, lengths, args.max_length),
         lambda checkpoints: make_trainer(args, model, persona.adapter, [row["messages"] for row in given], checkpoints),
     )
 
