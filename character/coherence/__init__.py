@@ -1,0 +1,1 @@
+"""Of two methods' answers, which fits the character better?"""
