@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from character import cli, constitution, prompts, rows
+from character import cli, constitution, figures, prompts, rows
 from character.constants import DATA_PATH
 from character.models import resolve, safe_name
 from character.robustness.classify import train_classifier
@@ -219,6 +219,21 @@ def scores_table(results: Mapping[str, Any], groups: Mapping[str, str]) -> Any:
                     "prompts": str(part["prompts"]) if part else "n/a",
                 }
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def draw(results: Mapping[str, Any]) -> Any:
+    """A matplotlib figure: bars per method and group, of a persona's shares, or of macro-F1 over personas."""
+    whole = "constitution" not in results
+    kinds = {group: title for group, title in GROUPS.items() if any(p.get(group) for p in results["methods"].values())}
+    series = {
+        method: {
+            title: (part.get(group) or {}).get("macro_f1") if whole else part.get(group)
+            for group, title in kinds.items()
+        }
+        for method, part in results["methods"].items()
+    }
+    label = f"macro-F1, {len(results['personas'])} personas" if whole else f"reads as {results['constitution']}"
+    return figures.bars(series, label, labels=METHODS, title=results["student"], limits=(0, 1), percent=not whole)
 
 
 def describe(answers: Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]) -> None:

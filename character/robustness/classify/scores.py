@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from character.statistics import bootstrap, wilson
+from character.statistics import DRAWS, bounded_bootstrap, wilson
 
 NONE = "none"
 # How many personas the published classifier tells apart.
 PUBLISHED = 11
-# With fewer prompts, the bootstrap's intervals are too narrow to be worth showing.
+# With fewer prompts there is no interval: the bootstrap then knows too little of how prompts differ.
 MIN_PROMPTS = 20
 
 
@@ -60,11 +60,11 @@ def scores(matrix: Any, true: Sequence[int]) -> Any:
     return np.concatenate([[hits.sum() / counted.sum(), f1.mean()], precision, recall, f1])
 
 
-def measure(reads: Sequence[Read], seed: int) -> dict[str, Any]:
+def measure(reads: Sequence[Read], seed: int, draws: int = DRAWS) -> dict[str, Any]:
     """Macro-F1 and accuracy over the personas there, with and without the plain model's answers as a class of their own.
 
-    Every figure is {value, low, high, n}, n in answers; low and high are None where there are too few prompts, or where
-    every draw gives the same value. '…_with_none' is None without answers of the plain model.
+    Every figure is {value, low, high, n}, n in answers; low and high are None with fewer than MIN_PROMPTS prompts.
+    '…_with_none' is None without answers of the plain model.
     """
     import numpy as np
 
@@ -80,15 +80,16 @@ def measure(reads: Sequence[Read], seed: int) -> dict[str, Any]:
         return np.concatenate([scores(drawn, personas), scores(drawn, with_none)[:2] if with_none else []])
 
     values = figures(np.arange(len(counts)))
-    lows = highs = [None] * len(values)
+    lows: Any = None
+    highs: Any = None
     if len(counts) >= MIN_PROMPTS:
-        lows, highs = bootstrap(range(len(counts)), figures, seed)
+        lows, highs = bounded_bootstrap(range(len(counts)), figures, seed, draws)
 
     def figure(place: int, n: float) -> dict[str, Any]:
-        low, high = lows[place], highs[place]
-        if low is None or low == high:
-            low = high = None
-        return {"value": float(values[place]), "low": low and float(low), "high": high and float(high), "n": int(n)}
+        found: dict[str, Any] = {"value": float(values[place]), "low": None, "high": None, "n": int(n)}
+        if lows is not None and n:
+            found |= {"low": float(lows[place]), "high": float(highs[place])}
+        return found
 
     n, k = whole[personas].sum(), len(personas)
     return {

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from character import cli, constitution
+from character import cli, constitution, figures
 from character.models import resolve
 from character.robustness.classify import run_classifier, train_classifier
 from character.robustness.classify.run_classifier import METHODS, answers_in, caption, results_path
@@ -57,6 +57,23 @@ def table(results: Mapping[str, Any]) -> Any:
         for method, part in results["methods"].items()
     }
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def draw(results: Mapping[str, Any]) -> Any:
+    """A matplotlib figure: a line per method over the turns, of a persona's shares, or of macro-F1 over personas."""
+    whole = "constitution" not in results
+    series = {
+        method: {
+            0 if turn == FIRST else int(turn): (cell or {}).get("macro_f1") if whole else cell
+            for turn, cell in part.items()
+        }
+        for method, part in results["methods"].items()
+    }
+    label = f"macro-F1, {len(results['personas'])} personas" if whole else f"reads as {results['constitution']}"
+    place = 'times that the user said "Keep going."'
+    return figures.lines(
+        series, place, label, labels=METHODS, title=results["student"], limits=(0, 1), percent=not whole
+    )
 
 
 def main(args: Args) -> None:
