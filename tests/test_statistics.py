@@ -24,6 +24,18 @@ def test_bootstrap_draws_whole_clusters() -> None:
     assert lows.tolist() == [low, 3.0] and highs.tolist() == [high, 3.0]
 
 
+def test_bounded_bootstrap_stays_within_its_bounds() -> None:
+    random = np.random.default_rng(3)
+    middling, high = (random.random(400) < share for share in (0.5, 0.98))
+    for values in (middling, high):
+        wide = statistics.bounded_bootstrap(range(400), lambda items, values=values: values[items].mean(), seed=1)
+        # For independent items it is nearly Wilson's.
+        assert wide == pytest.approx(statistics.wilson(int(values.sum()), 400), abs=0.006) and wide[1] < 1
+    lows, highs = statistics.bounded_bootstrap(range(50), lambda items: np.array([0.0, 1.0]), seed=1)
+    assert (lows[0], highs[1]) == (0, 1)
+    assert (highs[0], lows[1]) == (statistics.wilson(0, 50)[1], statistics.wilson(50, 50)[0])
+
+
 def test_between_runs_is_students_interval() -> None:
     # scipy.stats.ttest_1samp([.8, .9, 1.0], 0).confidence_interval()
     found = statistics.between_runs([0.8, 0.9, 1.0])

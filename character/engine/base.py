@@ -163,13 +163,19 @@ def _downloaded(spec: str, repo: str, subfolder: str, revision: str | None) -> P
 
     files = [str(Path(subfolder, name)) for name in ("adapter_config.json", "adapter_model.safetensors")]
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files), subfolder)
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files), subfolder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
             f"cannot fetch the adapter {spec} from the hub, and no folder of that name is here: {reason}; check the "
             "path, or the repo id and the network (a gated or private one needs HF_TOKEN in .env)"
         ) from None
+    if not all((folder / Path(file).name).exists() for file in files):
+        raise UserError(
+            f"the hub's {spec} has no {' and '.join(files)}: weights are read from safetensors files only, and an "
+            "adapter in a folder of the repo is named org/name/folder"
+        )
+    return folder
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Encoder:
                 warmup_steps=0.1,
                 seed=self.seed,
                 bf16=self.network.device.type == "cuda",
+                dataloader_pin_memory=self.network.device.type == "cuda",
                 save_strategy="no",
                 report_to="none",
             )
@@ -87,6 +88,8 @@ class Encoder:
         import torch
         import transformers
 
+        # A new head is what is wanted here, no reason for a warning.
+        transformers.logging.set_verbosity_error()
         given: dict[str, Any] = {"revision": model.revision}
         with loading(model):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(model.source, **given)

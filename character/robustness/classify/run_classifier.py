@@ -146,7 +146,8 @@ def over_personas(found: Found, names: Sequence[str], groups: Mapping[str, Seque
         for group, kinds in groups.items():
             parts = {name: found.get((method, name), {}) for name in names}
             reads = [read for part in parts.values() for read in together(part, kinds)]
-            plain = together(found.get(("base", NONE), {}), kinds)
+            asked = {read.prompt for read in reads}
+            plain = [read for read in together(found.get(("base", NONE), {}), kinds) if read.prompt in asked]
             methods[method][group] = measure([*reads, *plain], seed) if reads else None
             lacks = {name: [kind for kind in kinds if kind not in part] for name, part in parts.items()}
             if reads and any(lacks.values()):
@@ -154,13 +155,13 @@ def over_personas(found: Found, names: Sequence[str], groups: Mapping[str, Seque
     return {"methods": methods, "missing": {method: part for method, part in missing.items() if part}}
 
 
-def said_missing(missing: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per method and group, which names the personas without answers."""
+def said_missing(missing: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str]) -> list[str]:
+    """A line per method and group, which names the personas without answers. groups: group → its name in tables."""
     return [
-        f"no answers by {METHODS.get(method, method)}, {GROUPS.get(group, group)}: "
+        f"no answers by {METHODS.get(method, method)}, {groups[group]}: "
         + ", ".join(f"{name} ({', '.join(kinds)})" for name, kinds in part.items())
-        for method, groups in missing.items()
-        for group, part in groups.items()
+        for method, parts in missing.items()
+        for group, part in parts.items()
     ]
 
 
@@ -299,7 +300,7 @@ def main(args: Args) -> None:
         write_json(results_path(student, None, args.protocol), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
         print(table(results).to_string())
-        print("\n".join(said_missing(results["missing"])))
+        print("\n".join(said_missing(results["missing"], GROUPS)))
 
 
 if __name__ == "__main__":

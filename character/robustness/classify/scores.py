@@ -63,8 +63,8 @@ def scores(matrix: Any, true: Sequence[int]) -> Any:
 def measure(reads: Sequence[Read], seed: int, draws: int = DRAWS) -> dict[str, Any]:
     """Macro-F1 and accuracy over the personas there, with and without the plain model's answers as a class of their own.
 
-    Every figure is {value, low, high, n}, n in answers; low and high are None with fewer than MIN_PROMPTS prompts.
-    '…_with_none' is None without answers of the plain model.
+    Every figure is {value, low, high, n}, n in answers; low and high are None with fewer than MIN_PROMPTS prompts,
+    and where all draws give the same value between 0 and 1. '…_with_none' is None without the plain model's answers.
     """
     import numpy as np
 
@@ -87,7 +87,7 @@ def measure(reads: Sequence[Read], seed: int, draws: int = DRAWS) -> dict[str, A
 
     def figure(place: int, n: float) -> dict[str, Any]:
         found: dict[str, Any] = {"value": float(values[place]), "low": None, "high": None, "n": int(n)}
-        if lows is not None and n:
+        if lows is not None and n and highs[place] - lows[place] > 1e-9:
             found |= {"low": float(lows[place]), "high": float(highs[place])}
         return found
 

@@ -110,7 +110,7 @@ def main(args: Args) -> None:
         write_json(results_path(student, None, args.protocol, PREFILL), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
         print(table(results).to_string())
-        print("\n".join(run_classifier.said_missing(results["missing"])))
+        print("\n".join(run_classifier.said_missing(results["missing"], turns_of(results))))
 
 
 if __name__ == "__main__":
