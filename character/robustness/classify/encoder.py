@@ -25,7 +25,6 @@ class Encoder:
 
     def fit(self, texts: Sequence[str], labels: Sequence[str]) -> Self:
         """Train the encoder and a new head. Raises UserError where the encoder cannot be loaded."""
-        import datasets
         import transformers
 
         classes = sorted(set(labels))
@@ -33,8 +32,10 @@ class Encoder:
         self._load(
             self.model, {"id2label": dict(enumerate(classes)), "label2id": {c: n for n, c in enumerate(classes)}}
         )
-        data = datasets.Dataset.from_dict({"text": list(texts), "label": [classes.index(label) for label in labels]})
-        data = data.map(lambda batch: self._tokens(batch["text"]), batched=True, remove_columns="text")
+        data = [
+            {"input_ids": ids, "labels": classes.index(label)}
+            for ids, label in zip(self._tokens(texts)["input_ids"], labels, strict=True)
+        ]
         with tempfile.TemporaryDirectory() as scratch:
             settings = transformers.TrainingArguments(
                 output_dir=scratch,
