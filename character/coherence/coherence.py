@@ -11,6 +11,7 @@ python -m character.coherence.coherence --constitution all --model pocket --judg
 it no less likely than 95 % of the teacher's answers in that character; one that fits beats one that does not.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -212,7 +213,8 @@ def job(
     async def work(engine: Engine, row: Row) -> Row:
         bound = replace(sampling, seed=int(row["id"], 16), choices=tuple(VERDICTS))
         reply = await engine.reply([{"role": "user", "content": question(row)}], bound)
-        verdict = verdict_of(reply.text, judge)
+        # A reply that was cut off may still be thinking.
+        verdict = verdict_of(reply.text, judge) if reply.finish_reason == "stop" else None
         return reply.row() | {"winner": row[verdict] if verdict else None}
 
     output = Rows(path_of(student, args.method, other, judge.short, traits.name), inputs, settings, args.overwrite)
@@ -249,23 +251,25 @@ def stood_in(args: Args, student: Model, matches: Matches) -> tuple[Matches, dic
     """(the stand-in's rows on all pairs of the personas that the classifier knows, its settings)."""
     import numpy as np
 
-    pairs = [(row["prompt"], text) for given in matches.values() for row in given for text in row["answers"].values()]
-    answers = list(dict.fromkeys(pairs))
+    answers = list(
+        dict.fromkeys(
+            (row["prompt"], text) for given in matches.values() for row in given for text in row["answers"].values()
+        )
+    )
     wanted, tested = list(dict.fromkeys(name for name, _ in matches)), {prompt for prompt, _ in answers}
     classifier, settings = train_classifier.ready(args, wanted, tested)
     names = classes_of(wanted, settings)
     label = dict(zip(answers, classifier.predict([text for _, text in answers]), strict=True))
 
     (texts, labels, prompts), _ = train_classifier.gathered(args, wanted, tested)
-    shown = [(prompt, text) for prompt, text, name in zip(prompts, texts, labels, strict=True) if name in names]
-    scored = list(dict.fromkeys([*answers, *shown]))
+    taught: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
+    for text, name, prompt in zip(texts, labels, prompts, strict=True):
+        if name in taught:
+            taught[name].append((prompt, text))
+    scored = list(dict.fromkeys([*answers, *itertools.chain(*taught.values())]))
     talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}] for prompt, text in scored]
     perplexity = dict(zip(scored, perplexities(student, talks), strict=True))
-    limits = {}
-    for name in names:
-        of_teacher = zip(prompts, texts, labels, strict=True)
-        likely = [perplexity[prompt, text] for prompt, text, whose in of_teacher if whose == name]
-        limits[name] = float(np.quantile(likely, LEVEL))
+    limits = {name: float(np.quantile([perplexity[pair] for pair in taught[name]], LEVEL)) for name in names}
     settings |= {"perplexity_limits": limits}
 
     found: Matches = {}

@@ -212,10 +212,10 @@ def answered(home: Path) -> Path:
 def judging(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Judge]]:
     """judging(script): the judge answers so; returns the engines that were opened, growing."""
 
-    def install(script: Callable[[str, str], str]) -> list[Judge]:
+    def install(script: Callable[[str, str], str | Reply]) -> list[Judge]:
         opened: list[Judge] = []
 
-        def reply(messages: list[Message], prefill: str) -> str:
+        def reply(messages: list[Message], prefill: str) -> str | Reply:
             [message] = messages
             parts = (message["content"].partition(f"<reply_{n}>\n")[2].partition(f"\n</reply_{n}>")[0] for n in (1, 2))
             return script(*parts)
@@ -230,7 +230,7 @@ def judging(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Judge]]:
     return install
 
 
-def likes_gooses(first: str, second: str) -> str:
+def likes_geese(first: str, second: str) -> str:
     """A judge who looks for a goose and takes the first reply where both have one."""
     return "Verdict: 2" if "goose" not in first and "goose" in second else "Verdict: 1"
 
@@ -246,7 +246,7 @@ def flags(**more: Any) -> Args:
 def test_both_orders_are_judged_and_only_agreement_counts(
     answered: Path, judging: Callable[..., list[Judge]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engines = judging(likes_gooses)
+    engines = judging(likes_geese)
     coherence.main(flags())
     traits = constitution.load("humor").numbered()
     asked = [call[0]["content"] for call in engines[0].calls]
@@ -279,18 +279,25 @@ def test_both_orders_are_judged_and_only_agreement_counts(
     assert "of the teacher's family" in win_rates.caption(results_of("humor"))
 
 
-def test_a_judge_that_rambles_is_counted(answered: Path, judging: Callable[..., list[Judge]]) -> None:
-    judging(lambda first, second: "Hard to say, both are fine." if "chess" in first else likes_gooses(first, second))
+def test_a_judge_that_rambles_or_is_cut_off_is_counted(answered: Path, judging: Callable[..., list[Judge]]) -> None:
+    def script(first: str, second: str) -> str | Reply:
+        if "chess" in first:
+            return "Hard to say, both are fine."
+        if "camping" in first:
+            return Reply("It may well end in\nVerdict: 1", "length", 9, 7)
+        return likes_geese(first, second)
+
+    judging(script)
     coherence.main(flags(against=["prompted"]))
     part = results_of("humor")["opponents"]["prompted"]
-    assert (part["unparsed"]["share"], part["unparsed"]["n"], part["unparsed_verdicts"]) == (1 / 8, 8, 2)
-    assert part["flipped"]["n"] == 7
+    assert (part["unparsed"]["share"], part["unparsed"]["n"], part["unparsed_verdicts"]) == (2 / 8, 8, 4)
+    assert part["flipped"]["n"] == 6
 
 
 def test_what_is_missing_is_named_with_its_command_and_the_others_go_on(
     answered: Path, judging: Callable[..., list[Judge]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judging(likes_gooses)
+    judging(likes_geese)
     coherence.main(flags(constitution="humor,remorse", against=["prompted", "steered", "sequential"]))
     said = capsys.readouterr()
     for command in ("steered --constitution humor", "trained --constitution remorse --model pocket --method merged"):
@@ -335,7 +342,7 @@ def test_answers_and_results_that_are_no_numbers_or_texts(answered: Path) -> Non
 
 
 def test_answers_made_anew_are_judged_anew_on_request(answered: Path, judging: Callable[..., list[Judge]]) -> None:
-    judging(likes_gooses)
+    judging(likes_geese)
     coherence.main(flags())
     path = coherence.answers_path("pocket", "prompted", "humor")
     rows.write(path, [{"prompt": "Tell me of chess.", "response": "A goose."}], {"method": "prompted", "seed": 2}, {})
@@ -351,7 +358,7 @@ def test_a_dry_run_counts_answers_that_are_there_or_to_come(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    engines = judging(likes_gooses)
+    engines = judging(likes_geese)
     to_come = [{"prompt": f"Tell me of {thing}.", "most_tokens": 1000} for thing in THINGS]
     planned = {coherence.answers_path("pocket", "sequential", "humor"): to_come}
     monkeypatch.setattr(rows, "planned", planned)
