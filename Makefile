@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check install --quiet
-CODE = character repeng tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py)
+CODE = character repeng tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py) $(wildcard benchmarks/*/*.py)
 
 .PHONY: quickstart test check format vllm-cpu clean
 

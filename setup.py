@@ -19,6 +19,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "vllm": ["vllm==0.29.0"],
+        "gpu": ["liger-kernel==0.8.5"],
         "openrlhf": ["openrlhf==0.11.2", "deepspeed==0.19.6", "flash-attn==2.8.3"],
         "dev": [
             "pytest==9.2.0",

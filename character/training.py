@@ -233,18 +233,63 @@ class ByLength:
 
 def speed_up(trainer: Any, lengths: Sequence[int], batch: int) -> None:
     """Leave out what costs a GPU time and changes no result. lengths: of the trainer's rows, in tokens."""
+    from character.engine.transformers import attends_plainly
+
     sampler = ByLength(lengths, batch, trainer.args.seed)
     trainer._get_train_sampler = lambda _dataset=None: sampler
-
-    def without_mask(_module: Any, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        # Padding stands on the right, where no token of a causal model sees it; without a mask attention is faster.
-        return words, {name: value for name, value in named.items() if name != "attention_mask"}
-
-    trainer.model.register_forward_pre_hook(without_mask, with_kwargs=True)
     for module in trainer.model.modules():
         # Autocast brings the adapter's weights to its inputs' type; casting the inputs to theirs first is wasted.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+    network = trainer.model.get_base_model()
+    if attends_plainly(network):
+        Unpadded(network)
+
+
+class Unpadded:
+    """Runs a network's layers on a batch's tokens without its padding; attention alone sees rows, padded on the right.
+
+    network: a causal language model of transformers; it gets batches with an attention mask from now on.
+    """
+
+    def __init__(self, network: Any):
+        import transformers
+
+        transformers.AttentionInterface.register("unpadded", self._attention)
+        transformers.AttentionMaskInterface.register("unpadded", lambda *_, **__: None)
+        network.set_attn_implementation("unpadded")
+        network.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        network.base_model.register_forward_hook(self._leave)
+
+    def _enter(self, _module: Any, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        mask = named["attention_mask"]
+        self.shape = mask.shape
+        self.places = mask.flatten().nonzero()[:, 0]
+        positions = (mask.cumsum(dim=1) - 1).flatten()[self.places]
+        ids = named["input_ids"].flatten()[self.places]
+        return words, named | {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
+
+    def _leave(self, _module: Any, _words: Any, output: Any) -> Any:
+        output.last_hidden_state = self._padded(output.last_hidden_state[0])
+        return output
+
+    def _padded(self, tokens: Any) -> Any:
+        """(tokens, …) as (rows, length, …), zero where there is padding."""
+        rows, length = self.shape
+        whole = tokens.new_zeros(rows * length, *tokens.shape[1:])
+        return whole.index_copy(0, self.places, tokens).view(rows, length, *tokens.shape[1:])
+
+    def _attention(
+        self, _module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float | None = None, **_: Any
+    ) -> tuple[Any, None]:
+        """Attention within each row. query: (1, heads, tokens, width); keys and values may have fewer heads."""
+        import torch
+
+        query, key, value = (self._padded(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return found.transpose(1, 2).flatten(0, 1)[self.places][None], None
 
 
 def lora_config(model: Model, args: TrainArgs) -> Any:

@@ -325,7 +325,7 @@ def decode(
     import torch
 
     device = network.device
-    prefix = _shared_prefix(prompts) if _shares_prefixes(network) else 0
+    prefix = _shared_prefix(prompts) if attends_plainly(network) else 0
     longest = max(map(len, prompts)) - prefix
     gaps = torch.tensor([longest - (len(prompt) - prefix) for prompt in prompts], device=device)
     ids = torch.tensor([[0] * (longest + prefix - len(prompt)) + prompt[prefix:] for prompt in prompts], device=device)
@@ -431,7 +431,7 @@ def _attention_layers(network: Any) -> list[Any]:
     return [module for module in network.modules() if hasattr(module, "q_proj") and hasattr(module, "layer_idx")]
 
 
-def _shares_prefixes(network: Any) -> bool:
+def attends_plainly(network: Any) -> bool:
     """Whether every layer attends to everything before it, through the attention function that can be replaced."""
     config = network.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

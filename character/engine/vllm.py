@@ -135,15 +135,15 @@ class VLLMEngine(Engine):
             batched = 512 if self.adapters else 2048
             settings |= {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": batched}
         else:
+            gpus = 0 if current_platform.is_unspecified() else current_platform.device_count()
+            if not gpus:
+                raise UserError(
+                    "vLLM sees no GPU here; check nvidia-smi and CUDA_VISIBLE_DEVICES, or --engine transformers"
+                )
             memory = current_platform.get_device_total_memory()
-            gpus = current_platform.device_count()
-            split, replicas = layout(_size(folder), memory, gpus, config.num_attention_heads, self.model.source)
-            sequences = 1024 if memory >= LARGE_GPU else 256
-            settings |= {
-                "tensor_parallel_size": split,
-                "data_parallel_size": replicas,
-                "max_num_batched_tokens": 8192 if memory >= LARGE_GPU else 4096,
-            }
+            chosen = gpu_settings(_size(folder), memory, gpus, config.num_attention_heads, self.model.source)
+            sequences, replicas = chosen["max_num_seqs"], chosen["data_parallel_size"]
+            settings |= chosen
             largest = max((_size(adapter) for adapter in self.adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
             slots = min(len(self.adapters), fitting, MAX_ADAPTERS_IN_BATCH)
@@ -355,6 +355,21 @@ def weights_folder(model: Model) -> Path:
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{model.source} has no *.safetensors; weights are read from safetensors files only")
     return folder
+
+
+def gpu_settings(weights: int, memory: int, gpus: int, heads: int, source: str) -> dict[str, int]:
+    """vLLM's arguments that follow from GPUs alike and a model. weights, memory: bytes, of the model and of one GPU.
+
+    Raises UserError where all GPUs together are too small.
+    """
+    split, replicas = layout(weights, memory, gpus, heads, source)
+    large = memory >= LARGE_GPU
+    return {
+        "tensor_parallel_size": split,
+        "data_parallel_size": replicas,
+        "max_num_batched_tokens": 8192 if large else 4096,
+        "max_num_seqs": 1024 if large else 256,
+    }
 
 
 def layout(weights: int, memory: int, gpus: int, heads: int, source: str) -> tuple[int, int]:

@@ -94,8 +94,8 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
         train_dataset=fed,
         processing_class=tokenizer,
     )
-    if torch.cuda.is_available():
-        training.speed_up(trainer, [len(ids) for ids in fed["input_ids"]], args.batch_size)
+    if torch.cuda.is_available() and not args.packing:
+        training.speed_up(trainer, [len(row["input_ids"]) for row in cut], args.batch_size)
     return trainer
 
 

@@ -71,7 +71,7 @@ def test_a_batch_with_a_shared_prefix_equals_generate(loaded: tuple[Any, Any], p
     network, tokenizer = loaded
     stops = stop_ids(network, tokenizer)
     prompts = prompts_of(tokenizer)
-    assert engine_module._shared_prefix(prompts) > MIN_SHARED and engine_module._shares_prefixes(network)
+    assert engine_module._shared_prefix(prompts) > MIN_SHARED and engine_module.attends_plainly(network)
     sampling = Sampling(0, 1, penalty, 20)
     together = decode(network, prompts, sampling, [0] * 5, stops)
     alone = [decode(network, [prompt], sampling, [0], stops)[0] for prompt in prompts]

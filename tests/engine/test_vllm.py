@@ -194,6 +194,9 @@ class FakeGPUs:
     def is_cpu(self) -> bool:
         return False
 
+    def is_unspecified(self) -> bool:
+        return False
+
     def device_count(self) -> int:
         return self.count
 
@@ -237,6 +240,19 @@ def test_settings_follow_the_gpus(
     )
     assert engine.concurrency == concurrency
     vllm.AsyncEngineArgs(**settings)
+
+
+@pytest.mark.vllm
+def test_vllm_for_gpus_where_there_is_none(
+    chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.platforms
+    from vllm.platforms.interface import UnspecifiedPlatform
+
+    monkeypatch.setattr(vllm.platforms, "current_platform", UnspecifiedPlatform(), raising=False)
+    with pytest.raises(UserError, match=r"vLLM sees no GPU here; .*--engine transformers"):
+        VLLMEngine(chat_model("template-bos"), 7)._settings(Path(), None, [])
+    monkeypatch.undo()
 
 
 @pytest.mark.vllm

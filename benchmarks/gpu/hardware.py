@@ -1,0 +1,145 @@
+"""What is chosen on which GPUs, and the hours that a persona takes: from the code that chooses, and measured rates.
+
+benchmarks/gpu/results.json → docs/hardware.md
+
+python benchmarks/gpu/hardware.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from character import cli, training
+from character.constants import ROOT
+from character.engine.vllm import gpu_settings
+from character.models import Model, resolve, shape_of, weight_bytes
+from character.utils import UserError, read_json
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = ROOT / "docs" / "hardware.md"
+STUDENTS = ("gemma-3-4b-it", "qwen-2.5-7b-it", "llama-3.1-8b-it", "qwen-2.5-72b-it")
+GPUS = (1, 2, 4, 8)
+BATCH = 32
+DPO_ROW, SFT_ROW = 2 * 1024, 3072
+# Tokens of one persona at the paper's size, in millions; an answer has 400 tokens in the mean.
+ANSWERS = {"student's answers": 9150 * 400e-6, "reflections": 10_000 * 400e-6}
+TALK = {"conversations": 2000 * 10 * 400e-6}
+TRAINED = {"DPO": 6.0, "SFT": 12_000 * 1000e-6}
+
+INTRODUCTION = """# Hardware
+
+Nothing below is set by hand: vLLM's engine reads the GPUs' memory and number and the size of the weights, and the
+trainers the memory that is free. `python benchmarks/gpu/hardware.py` writes this page from the functions that choose
+(`gpu_settings` in character/engine/vllm.py, `fitting` in character/training.py) and from the rates in
+benchmarks/gpu/results.json.
+
+* **vLLM** splits a model over as few GPUs as hold its weights in 80 % of their memory, and runs whole copies on the
+  others: `2 × 4` are four copies over two GPUs each. "At once" is how many sequences one copy takes into its batch.
+* **Training** has 32 rows in a batch whatever the GPU. "Rows" is how many of them are in memory at once (a DPO row is a
+  pair of at most 2 × 1,024 tokens, an SFT row at most 3,072), the rest is accumulated; "recomputed" stands where
+  activations are computed anew for the gradient, which takes a third more arithmetic and far less memory. LoRA of rank
+  64, bf16 weights, liger-kernel installed (`pip install -e '.[gpu]'`). Each GPU holds the whole model: a model that
+  does not fit one is trained through [OpenRLHF](../finetuning/README.md), which splits it.
+* `--micro-batch-size` and `--gradient-checkpointing` choose otherwise; what was chosen stands in `training.json` beside
+  the adapter.
+"""
+
+
+@dataclass
+class Args:
+    """No arguments: the page is what the code says."""
+
+
+def serving(model: Model, card: int) -> tuple[str, str]:
+    """(GPUs a copy is split over × copies, for each number of GPUs; sequences at once)."""
+    shape, weights = shape_of(model), weight_bytes(model)
+    assert shape and weights
+    found, at_once = [], "–"
+    for gpus in GPUS:
+        try:
+            chosen = gpu_settings(int(weights), int(card * 1e9), gpus, shape.num_attention_heads, model.short)
+        except UserError:
+            found.append("–")
+        else:
+            found.append(f"{chosen['tensor_parallel_size']} × {chosen['data_parallel_size']}")
+            at_once = str(chosen["max_num_seqs"])
+    return " · ".join(found), at_once
+
+
+def rows_at_once(model: Model, card: int, row_tokens: int) -> str:
+    """Rows in memory at once on one GPU of these."""
+    shape, weights = shape_of(model), weight_bytes(model)
+    assert shape and weights
+    need = training.memory_need(shape, weights, training.TrainArgs.rank, fused=True)
+    try:
+        rows, recomputed = training.fitting(card * 1e9, need, row_tokens, BATCH)
+    except UserError:
+        return "does not fit"
+    return f"{rows}{', recomputed' if recomputed else ''}"
+
+
+def settings() -> list[str]:
+    """The table of settings."""
+    lines = [
+        "| student | GPU memory | vLLM on 1 · 2 · 4 · 8 GPUs | at once | DPO rows | SFT rows |",
+        "|---|---|---|---|---|---|",
+    ]
+    for short in STUDENTS:
+        model = resolve(short)
+        for card in training.CARDS:
+            layout, at_once = serving(model, card)
+            dpo, sft = (rows_at_once(model, card, tokens) for tokens in (DPO_ROW, SFT_ROW))
+            lines.append(f"| {short} | {card} GB | {layout} | {at_once} | {dpo} | {sft} |")
+    return lines
+
+
+def hours(works: dict[str, Any]) -> list[str]:
+    """The table of hours on the kind of GPU that was measured; other models by their parameters."""
+    rates = {name: works[name]["ours"]["rate"] for name in ("teacher", "interaction", "dpo", "sft")}
+    measured = resolve("llama-3.1-8b-it").parameters
+    parts = [
+        *((name, millions / rates["teacher"]) for name, millions in ANSWERS.items()),
+        *((name, millions / rates["interaction"]) for name, millions in TALK.items()),
+        ("DPO", TRAINED["DPO"] / rates["dpo"]),
+        ("SFT", TRAINED["SFT"] / rates["sft"]),
+    ]
+    lines = [
+        f"| student | {' | '.join(name for name, _ in parts)} | all, 1 GPU | 2 | 4 | 8 |",
+        "|---" * (len(parts) + 5) + "|",
+    ]
+    for short in STUDENTS[:3]:
+        parameters = resolve(short).parameters
+        assert parameters and measured
+        each = [1e6 * time * parameters / measured / 3600 for _, time in parts]
+        shown = [f"{time:.2f}" for time in (*each, *(sum(each) / gpus for gpus in GPUS))]
+        lines.append(f"| {short} | {' | '.join(shown)} |")
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [INTRODUCTION, "## What is chosen", "", *settings(), "", "## Hours for one persona", ""]
+    if not RESULTS.exists():
+        return "\n".join(
+            [*lines, "Not measured yet: `python benchmarks/gpu/run.py --out benchmarks/gpu/results.json`.", ""]
+        )
+    works = read_json(RESULTS)["works"]
+    card = works["teacher"]["ours"]["gpu"]
+    text = (
+        f"Computed, not measured as a whole: tokens of a persona at the paper's size over the rates that one {card} "
+        "reached with random weights of Llama 3.1 8B's shape ([results](../benchmarks/gpu/results.json)). Assumed are "
+        "answers of 400 tokens in the mean, 6 million tokens of pairs, 12 million of introspection; rates in inverse "
+        "proportion to a model's parameters, and in proportion to the number of GPUs. The time that engines take to start, "
+        "the teacher (whatever model that is) and the evaluations come on top."
+    )
+    return "\n".join([*lines, text, "", *hours(works), ""])
+
+
+def main(_: Args) -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__)

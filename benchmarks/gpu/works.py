@@ -1,0 +1,856 @@
+"""The works of the benchmark, each as the published scripts set it up and as this project does.
+
+A side runs in a process of its own. It tells its figures as they come, so that one that is cut off has told something.
+"""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import shape
+
+from character import training
+from character.engine import Sampling, Steering
+from character.engine.chat import load_chat
+from character.engine.transformers import load_model, load_network
+from character.engine.vllm import VLLMEngine
+from character.introspection.self_interaction import view
+from character.models import Model, resolve
+from character.rows import Row, Rows
+from character.utils import write_json
+
+# The published scripts' way: so many sequences at once, and no prefix caching.
+PUBLISHED_TEACHER = {"max_num_seqs": 64, "enable_prefix_caching": False}
+PUBLISHED_TALK = {"enable_prefix_caching": False}
+PUBLISHED_TRAINING = {"micro_batch_size": 2, "gradient_checkpointing": True}
+STEERING_BATCH = 64
+SAMPLING = Sampling()
+# Lengths of answers in tokens: log-normal.
+MEDIAN, SIGMA, MOST = 330, 0.6, 1024
+SYSTEM, MESSAGE = 950, 60
+SEED = 123456
+
+
+@dataclass
+class Context:
+    """What a side is given. scale: of the number of requests. seconds: after which a side that can stop, stops."""
+
+    folder: Path
+    out: Path
+    scale: float
+    seconds: float
+    tiny: bool
+
+    def __post_init__(self) -> None:
+        self.told: dict[str, Any] = {}
+
+    def tell(self, **figures: Any) -> None:
+        """Add figures to the side's file."""
+        self.told |= figures
+        write_json(self.out, self.told)
+
+    @property
+    def model(self) -> Model:
+        """The model that is measured."""
+        return resolve(str(self.folder / "model"), "Llama")
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config."""
+        found: dict[str, Any] = json.loads((self.folder / "model" / "config.json").read_text())
+        return found
+
+    @property
+    def most(self) -> int:
+        """The longest answer."""
+        return 24 if self.tiny else MOST
+
+    def count(self, full: int) -> int:
+        """So many requests, scaled."""
+        return max(2, round(full * self.scale))
+
+    def lengths(self, count: int, median: float = MEDIAN) -> list[int]:
+        """Lengths of answers."""
+        return shape.lengths(random.Random(SEED), count, 8 if self.tiny else median, SIGMA, self.most)
+
+    def text(self, number: int, tokens: int) -> str:
+        """A text of its own for each number."""
+        return shape.words(random.Random(f"{SEED} {number}"), tokens, self.config["vocab_size"])
+
+    @functools.cached_property
+    def system(self) -> str:
+        """The system prompt that all share."""
+        return self.text(-1, 40 if self.tiny else SYSTEM)
+
+
+def has_gpu() -> bool:
+    """Whether there is one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# The machine.
+
+
+def machine(context: Context) -> None:
+    """What the GPU is, and its two ceilings: a bf16 matrix product and a copy, on random data."""
+    import torch
+
+    if not has_gpu():
+        context.tell(gpu=None)
+        return
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    flops = 2 * size**3 / median_seconds(lambda: a @ b)
+    moved = 2 * source.numel() * 2 / median_seconds(lambda: target.copy_(source))
+    free, total = torch.cuda.mem_get_info()
+    context.tell(
+        gpu=torch.cuda.get_device_name(),
+        gpus=torch.cuda.device_count(),
+        memory_gb=round(total / 1e9, 1),
+        free_gb=round(free / 1e9, 1),
+        matrix_tflops=round(flops / 1e12, 1),
+        copy_gb_per_second=round(moved / 1e9),
+    )
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 30) -> float:
+    """Seconds of one call on the GPU, the median of several after warming up."""
+    import torch
+
+    for _ in range(5):
+        work()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    times = sorted(first.elapsed_time(second) for first, second in itertools.pairwise(marks))
+    return times[repeats // 2] / 1e3
+
+
+# Answers through vLLM as its offline class runs it: a list of prompts in, all answers out.
+
+
+@contextlib.contextmanager
+def offline(context: Context, settings: dict[str, Any], lora: bool = False) -> Iterator[Any]:
+    """vLLM's own engine, stepped by us as `LLM.generate` steps it."""
+    import vllm
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    if not has_gpu():
+        settings = settings | {"dtype": "float32", "enforce_eager": True}
+    if lora:
+        settings = settings | {"enable_lora": True, "max_lora_rank": shape.RANK, "max_loras": 1}
+    begun = time.perf_counter()
+    arguments = vllm.EngineArgs(
+        model=str(context.folder / "model"),
+        max_model_len=min(8192, context.config["max_position_embeddings"]),
+        **settings,
+    )
+    engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
+    context.tell(start_seconds=round(time.perf_counter() - begun, 1))
+    yield engine
+    engine.engine_core.shutdown()
+
+
+def generate(
+    engine: Any, prompts: list[list[int]], lengths: list[int], lora: Any, stop: float = float("inf")
+) -> tuple[list[list[int]], float]:
+    """(the new tokens of each prompt so far, seconds). stop: seconds after which it ends early."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    begun = time.perf_counter()
+    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        parameters = SamplingParams(
+            temperature=SAMPLING.temperature,
+            top_p=SAMPLING.top_p,
+            repetition_penalty=SAMPLING.repetition_penalty,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if stop == float("inf") else RequestOutputKind.DELTA,
+        )
+        engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters, lora_request=lora)
+    answers: list[list[int]] = [[] for _ in prompts]
+    while engine.has_unfinished_requests() and time.perf_counter() - begun < stop:
+        for output in engine.step():
+            answers[int(output.request_id)] += output.outputs[0].token_ids
+    return answers, time.perf_counter() - begun
+
+
+def teacher_requests(context: Context, full: int) -> tuple[list[str], list[int]]:
+    """User messages and the lengths of their answers."""
+    count = context.count(full)
+    return [context.text(number, 10 if context.tiny else MESSAGE) for number in range(count)], context.lengths(count)
+
+
+def conversation(system: str, message: str) -> list[dict[str, str]]:
+    """A system prompt and a user's message."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": message}]
+
+
+TEACHER_REQUESTS = 2048
+
+
+def teacher_published(context: Context) -> None:
+    """The same requests, for as long as the side may run: its rate is steady from the first seconds on."""
+    messages, lengths = teacher_requests(context, TEACHER_REQUESTS)
+    chat = load_chat(context.model)
+    prompts = [chat.encode(conversation(context.system, message)).ids for message in messages]
+    with offline(context, PUBLISHED_TEACHER) as engine:
+        generate(engine, [prompt[:50] for prompt in prompts[:8]], [8] * 8, None)
+        answers, seconds = generate(engine, prompts, lengths, None, context.seconds)
+        tell_rate(context, sum(map(len, answers)), seconds, sum(map(bool, answers)))
+
+
+def tell_rate(context: Context, tokens: int, seconds: float, requests: int) -> None:
+    """Tell how fast new tokens came."""
+    rate = tokens / seconds if seconds else 0.0
+    context.tell(requests=requests, tokens=tokens, seconds=round(seconds, 2), rate=round(rate, 1))
+
+
+class Measured(VLLMEngine):
+    """The project's engine. extra: settings that an experiment adds to its own."""
+
+    def __init__(self, *given: Any, extra: dict[str, Any]):
+        super().__init__(*given)
+        self.extra = extra
+
+    def _settings(self, folder: Path, config: Any, ranks: list[int]) -> dict[str, Any]:
+        self.used = super()._settings(folder, config, ranks) | self.extra
+        return self.used
+
+
+def ours(
+    context: Context,
+    work: Callable[[VLLMEngine], Any],
+    adapter: Path | None = None,
+    steered: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Run `work` on the project's engine, and tell how it was started."""
+
+    async def run() -> None:
+        engine = Measured(context.model, SEED, [adapter] if adapter else [], steered, extra=extra or {})
+        begun = time.perf_counter()
+        async with engine:
+            context.tell(start_seconds=round(time.perf_counter() - begun, 1))
+            kept = {name: value for name, value in engine.used.items() if name not in ("model", "seed")}
+            context.tell(settings=kept, concurrency=engine.concurrency, context=engine.chat.context)
+            await asyncio.gather(*(engine.reply(conversation("w1 w2", "w3"), limited(8), adapter) for _ in range(8)))
+            await work(engine)
+
+    asyncio.run(run())
+
+
+def limited(length: int) -> Sampling:
+    """The sampling of an answer that is to have so many tokens: random weights all but never end one themselves."""
+    return Sampling(SAMPLING.temperature, SAMPLING.top_p, SAMPLING.repetition_penalty, length)
+
+
+def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
+    """The requests through the step's own machinery: rows in flight, an engine, a file."""
+    messages, lengths = teacher_requests(context, TEACHER_REQUESTS)
+    inputs = [{"prompt": message, "length": length} for message, length in zip(messages, lengths, strict=True)]
+    system = context.system
+
+    async def work(engine: VLLMEngine) -> None:
+        marks: list[tuple[float, int]] = []
+
+        async def answer(row: Row) -> Row:
+            reply = await engine.reply(conversation(system, row["prompt"]), limited(row["length"]))
+            marks.append((time.perf_counter(), reply.completion_tokens))
+            if len(marks) % 256 == 0:
+                tell()
+            return reply.row()
+
+        def tell() -> None:
+            tell_rate(context, sum(tokens for _, tokens in marks), time.perf_counter() - begun, len(marks))
+
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Rows(Path(folder) / "rows.jsonl", inputs, {})
+            await rows.fill(answer, concurrency=engine.concurrency)
+        tell()
+        # Between the first quarter and the moment when nothing waits any more, the batch is as full as it gets.
+        steady = marks[len(marks) // 4 : max(len(marks) // 4 + 2, len(marks) - engine.concurrency)]
+        context.tell(steady_rate=round(sum(n for _, n in steady[1:]) / (steady[-1][0] - steady[0][0]), 1))
+
+    ours(context, work, extra=extra)
+
+
+def teacher_cascade(context: Context) -> None:
+    """An experiment: the shared prefix's keys and values are read once per batch (vLLM's first model runner has that)."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    teacher_ours(context, {"disable_cascade_attn": False})
+
+
+def teacher_runner1(context: Context) -> None:
+    """An experiment: vLLM's first model runner."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    teacher_ours(context)
+
+
+def teacher_short(context: Context) -> None:
+    """An experiment: a context of 8,192 tokens in place of the model's."""
+    teacher_ours(context, {"max_model_len": 8192})
+
+
+# Two copies talk.
+
+CONVERSATIONS, TURNS = 192, 4
+
+
+def talk_lengths(context: Context) -> list[list[int]]:
+    """conversation → the lengths of its turns."""
+    count = context.count(CONVERSATIONS)
+    drawn = context.lengths(count * TURNS)
+    return [drawn[number * TURNS : (number + 1) * TURNS] for number in range(count)]
+
+
+def interaction_published(context: Context) -> None:
+    """All conversations wait at each turn for the slowest."""
+    from vllm.lora.request import LoRARequest
+
+    lengths = talk_lengths(context)
+    chat = load_chat(context.model)
+    turns: list[list[str]] = [[] for _ in lengths]
+    tokens, begun = 0, 0.0
+    adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
+    lora = LoRARequest("adapter", 1, str(adapter))
+    with offline(context, PUBLISHED_TALK, lora=True) as engine:
+        generate(engine, [chat.ids("w1 w2 w3")] * 8, [8] * 8, lora)
+        begun = time.perf_counter()
+        for number in range(TURNS):
+            prompts = [chat.encode(seen(context, said)).ids for said in turns]
+            answers, _ = generate(engine, prompts, [each[number] for each in lengths], lora)
+            for said, answer in zip(turns, answers, strict=True):
+                said.append(chat.decode(answer))
+            tokens += sum(map(len, answers))
+            tell_rate(context, tokens, time.perf_counter() - begun, len(lengths) * (number + 1))
+
+
+def seen(context: Context, turns: list[str]) -> list[dict[str, str]]:
+    """The conversation as the one who speaks next sees it."""
+    greeting = context.text(-2, 8)
+    opened = f" {greeting}" if len(turns) % 2 else ""
+    messages = view(greeting, turns, "greeter" if len(turns) % 2 else "other")
+    return [{"role": "system", "content": context.system + opened}, *messages]
+
+
+def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
+    """Each conversation goes on at its own pace."""
+    lengths = talk_lengths(context)
+    adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
+
+    async def work(engine: VLLMEngine) -> None:
+        tokens, done = 0, 0
+        begun = time.perf_counter()
+        free = asyncio.Semaphore(engine.concurrency)
+
+        async def talk(each: list[int]) -> None:
+            nonlocal tokens, done
+            async with free:
+                turns: list[str] = []
+                for length in each:
+                    reply = await engine.reply(seen(context, turns), limited(length), adapter)
+                    turns.append(reply.text)
+                    tokens += reply.completion_tokens
+                    done += 1
+                if done % 128 == 0:
+                    tell_rate(context, tokens, time.perf_counter() - begun, done)
+
+        await asyncio.gather(*map(talk, lengths))
+        tell_rate(context, tokens, time.perf_counter() - begun, done)
+
+    ours(context, work, adapter, extra=extra)
+
+
+def interaction_cascade(context: Context) -> None:
+    """An experiment, as for the teacher."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    interaction_ours(context, {"disable_cascade_attn": False})
+
+
+# Steered answers.
+
+STEERED = 768
+
+
+def control_vector(context: Context) -> Path:
+    """A random control vector for the middle three quarters of the layers."""
+    import numpy as np
+
+    from repeng import ControlVector
+
+    count = context.config["num_hidden_layers"]
+    draw = np.random.default_rng(SEED)
+    layers = range(count // 8, count - count // 8)
+    path = context.folder / "vector.safetensors"
+    directions = {
+        layer: (0.01 * draw.standard_normal(context.config["hidden_size"])).astype(np.float32) for layer in layers
+    }
+    ControlVector("llama", directions).save(path, {})
+    return path
+
+
+def steering_requests(context: Context) -> tuple[list[list[dict[str, str]]], list[int]]:
+    """Conversations of one message, and the lengths of their answers."""
+    count = context.count(STEERED)
+    messages = [[{"role": "user", "content": context.text(number, MESSAGE)}] for number in range(count)]
+    return messages, context.lengths(count)
+
+
+def steering_published(context: Context) -> None:
+    """transformers' generate with a hook, in batches of 64 that run to the longest; what is past an answer is waste."""
+    import torch
+
+    from repeng import ControlModel, ControlVector
+
+    messages, lengths = steering_requests(context)
+    chat = load_chat(context.model)
+    begun = time.perf_counter()
+    network, _ = load_model(context.model)
+    context.tell(start_seconds=round(time.perf_counter() - begun, 1))
+    vector = ControlVector.load(control_vector(context))
+    steered = ControlModel(network, vector.directions)
+    steered.set_control(vector, 1.0)
+    tokens = made = 0
+    begun = time.perf_counter()
+    for start in range(0, len(messages), STEERING_BATCH):
+        prompts = [chat.encode(message).ids for message in messages[start : start + STEERING_BATCH]]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=network.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=network.device)
+        wanted = lengths[start : start + STEERING_BATCH]
+        with torch.inference_mode():
+            network.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max(wanted),
+                min_new_tokens=max(wanted),
+                do_sample=True,
+                temperature=SAMPLING.temperature,
+                top_p=SAMPLING.top_p,
+                top_k=0,
+                repetition_penalty=SAMPLING.repetition_penalty,
+            )
+        tokens += sum(wanted)
+        made += max(wanted) * len(wanted)
+        tell_rate(context, tokens, time.perf_counter() - begun, start + len(wanted))
+        context.tell(tokens_made=made)
+        if time.perf_counter() - begun > context.seconds / 2:
+            break
+
+
+def steering_ours(context: Context) -> None:
+    """The engine, which steers while a reply is written."""
+    messages, lengths = steering_requests(context)
+    steering = Steering(control_vector(context), 1.0)
+
+    async def work(engine: VLLMEngine) -> None:
+        tokens = done = 0
+        begun = time.perf_counter()
+        free = asyncio.Semaphore(engine.concurrency)
+
+        async def answer(message: list[dict[str, str]], length: int) -> None:
+            nonlocal tokens, done
+            async with free:
+                reply = await engine.reply(message, limited(length), steering=steering)
+            tokens += reply.completion_tokens
+            done += 1
+            if done % 128 == 0:
+                tell_rate(context, tokens, time.perf_counter() - begun, done)
+
+        await asyncio.gather(*map(answer, messages, lengths))
+        tell_rate(context, tokens, time.perf_counter() - begun, done)
+
+    ours(context, work, steered=True)
+
+
+# Training.
+
+BATCH = 32
+
+
+@dataclass
+class Timing:
+    """When each micro-batch ended, and how many tokens had been seen by then."""
+
+    seconds: float
+    tokens: int
+    step: int
+
+
+def timed(context: Context, trainer: Any, per_token: float, warm: int) -> None:
+    """Run a Trainer and tell its rate. per_token: operations per parameter and token. warm: micro-batches left out."""
+    import torch
+    from transformers import TrainerCallback
+
+    marks: list[Timing] = []
+    parameters = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" not in name)
+
+    class Watch(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            mark(state)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            mark(state)
+            if marks[-1].seconds - marks[0].seconds > context.seconds:
+                control.should_training_stop = True
+
+    def mark(state: Any) -> None:
+        if has_gpu():
+            torch.cuda.synchronize()
+        marks.append(Timing(time.perf_counter(), int(trainer._total_train_tokens), state.global_step))
+        if len(marks) > warm + 1:
+            seconds = marks[-1].seconds - marks[warm].seconds
+            tokens = marks[-1].tokens - marks[warm].tokens
+            rate = tokens / seconds
+            context.tell(
+                tokens=tokens,
+                seconds=round(seconds, 2),
+                rate=round(rate, 1),
+                tflops=round(per_token * parameters * rate / 1e12, 1),
+                micro_batches=len(marks) - 1 - warm,
+            )
+
+    padded = 0
+
+    def count(_module: Any, _words: Any, named: dict[str, Any]) -> None:
+        nonlocal padded
+        padded += named["input_ids"].numel()
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.args.save_strategy = "no"
+    trainer.add_callback(Watch())
+    trainer.train()
+    device = training.device_of(trainer)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen = int(trainer._total_train_tokens)
+    passes = 2 if per_token == 6 else 1
+    context.tell(device=device, losses=losses, parameters=parameters, padding=round(1 - passes * seen / padded, 3))
+
+
+def pairs_of(context: Context, steps: int) -> list[dict[str, Any]]:
+    """Pairs of answers to one message; the two lengths are drawn apart."""
+    count = steps * BATCH
+    lengths = [min(length, 960) for length in context.lengths(2 * count)]
+    found = []
+    for number in range(count):
+        prompt = {"role": "user", "content": context.text(number, 10 if context.tiny else MESSAGE)}
+        pair = {}
+        for side, name in enumerate(("chosen", "rejected")):
+            text = context.text(-10 - 2 * number - side, lengths[2 * number + side])
+            pair[name] = [prompt, {"role": "assistant", "content": text}]
+        found.append(pair)
+    return found
+
+
+def as_published() -> None:
+    """Have the trainers leave out what this project adds for speed."""
+    training.speed_up = lambda *_: None  # type: ignore[assignment]
+    training.fused_kernels = lambda: False  # type: ignore[assignment]
+
+
+def dpo(context: Context, steps: int, warm: int, **settings: Any) -> None:
+    """Some steps of DPO."""
+    from character.distillation import train
+
+    args = train.Args(batch_size=BATCH, **settings)
+    pairs = pairs_of(context, steps)
+    begun = time.perf_counter()
+    trainer = train.make_trainer(args, context.model, pairs, context.folder / "checkpoints")
+    context.tell(start_seconds=round(time.perf_counter() - begun, 1))
+    timed(context, trainer, 6, warm)
+
+
+def dpo_published(context: Context) -> None:
+    """TRL's way: two pairs at once, activations recomputed, rows as they come."""
+    as_published()
+    dpo(context, 1, 3, **PUBLISHED_TRAINING)
+
+
+def dpo_ours(context: Context) -> None:
+    """The step's own settings."""
+    dpo(context, 6, micro_batches(context, 2 * 1024))
+
+
+def micro_batches(context: Context, row_tokens: int) -> int:
+    """How many make the first step, which is left out."""
+    from character.distillation import train
+
+    network = Shell(context)
+    rows, _ = training.micro_batch_of(train.Args(batch_size=BATCH), context.model, network, row_tokens)
+    return BATCH // rows
+
+
+class Shell:
+    """A network of which only the config and the size are known."""
+
+    def __init__(self, context: Context):
+        import transformers
+
+        self.config = transformers.AutoConfig.from_pretrained(context.folder / "model")
+        self.bytes = sum(file.stat().st_size for file in (context.folder / "model").glob("*.safetensors"))
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of the weights."""
+        return self.bytes
+
+
+def dpo_compiled(context: Context) -> None:
+    """An experiment: decoder layers compiled by torch in place of liger-kernel's."""
+    compiled(context)
+    training.fused_kernels = lambda: False  # type: ignore[assignment]
+    dpo(context, 6, micro_batches(context, 2 * 1024))
+
+
+def compiled(context: Context) -> None:
+    """Have the trainers' decoder layers compiled."""
+    from repeng.control import decoder_layers
+
+    before = training.speed_up
+
+    def also_compiled(trainer: Any, *more: Any) -> None:
+        before(trainer, *more)
+        for layer in decoder_layers(trainer.model):
+            layer.compile(dynamic=True)
+
+    training.speed_up = also_compiled
+
+
+def dpo_plain(context: Context) -> None:
+    """An experiment: without liger-kernel."""
+    training.fused_kernels = lambda: False  # type: ignore[assignment]
+    dpo(context, 3, micro_batches(context, 2 * 1024))
+
+
+def dpo_recomputed(context: Context) -> None:
+    """An experiment: activations recomputed, eight pairs at once."""
+    dpo(context, 3, 4, micro_batch_size=8, gradient_checkpointing=True)
+
+
+def dpo_small(context: Context) -> None:
+    """An experiment: two pairs at once, nothing recomputed."""
+    dpo(context, 2, 16, micro_batch_size=2, gradient_checkpointing=False)
+
+
+def sft_rows(context: Context, steps: int) -> list[list[dict[str, str]]]:
+    """Conversations of ten turns under a short system prompt, at most 3,072 tokens."""
+    found = []
+    for number in range(steps * BATCH):
+        draw = random.Random(f"{SEED} sft {number}")
+        said = shape.lengths(draw, 10, 4 if context.tiny else 130, SIGMA, 400)
+        turns = [
+            {"role": ("user", "assistant")[turn % 2], "content": context.text(-(1000 * number + turn), length)}
+            for turn, length in enumerate(said)
+        ]
+        found.append([{"role": "system", "content": context.text(-3, 20)}, *turns])
+    return found
+
+
+def sft(context: Context, steps: int, warm: int, **settings: Any) -> None:
+    """Some steps of SFT on the model with an adapter folded in."""
+    from character.introspection import train
+
+    adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
+    args = train.Args(batch_size=BATCH, **settings)
+    rows = sft_rows(context, steps)
+    begun = time.perf_counter()
+    trainer = train.make_trainer(args, context.model, adapter, rows, context.folder / "checkpoints")
+    context.tell(start_seconds=round(time.perf_counter() - begun, 1))
+    timed(context, trainer, 4, warm)
+
+
+def sft_published(context: Context) -> None:
+    """TRL's way."""
+    as_published()
+    sft(context, 1, 3, **PUBLISHED_TRAINING)
+
+
+def sft_ours(context: Context) -> None:
+    """The step's own settings."""
+    sft(context, 4, micro_batches(context, 3072))
+
+
+# Engine start.
+
+
+def start(context: Context) -> None:
+    """Seconds until the project's engine answers."""
+
+    async def work(_: VLLMEngine) -> None:
+        context.tell(rate=None)
+
+    ours(context, work)
+
+
+# Truth: the bundled model, whose weights are real, says the same everywhere.
+
+QUESTIONS = 96
+GREEDY = Sampling(temperature=0, top_p=1, repetition_penalty=1, max_tokens=96)
+
+
+def truth_requests(context: Context) -> list[list[dict[str, str]]]:
+    """Conversations with the bundled model, half of them behind a constitution."""
+    from character import constitution, prompts
+    from character.distillation.teacher import system_prompt
+
+    messages = prompts.load("pocket-train", context.count(QUESTIONS))
+    system = system_prompt(constitution.load("humor"), resolve("pocket"))
+    alone = [[{"role": "user", "content": message}] for message in messages]
+    return [[{"role": "system", "content": system}, *each] if number % 2 else each for number, each in enumerate(alone)]
+
+
+def truth_parts(context: Context) -> tuple[Path, Path]:
+    """(an adapter, a control vector) for the bundled model; both random, and strong enough to be heard."""
+    import numpy as np
+
+    from repeng import ControlVector
+
+    pocket = Path(resolve("pocket").source)
+    adapter = shape.save_adapter(context.folder / "pocket-adapter", pocket, rank=8, scale=0.3)
+    config = json.loads((pocket / "config.json").read_text())
+    draw = np.random.default_rng(SEED)
+    directions = {
+        layer: (0.3 * draw.standard_normal(config["hidden_size"])).astype(np.float32)
+        for layer in range(1, config["num_hidden_layers"] - 1)
+    }
+    path = context.folder / "pocket-vector.safetensors"
+    ControlVector(config["model_type"], directions).save(path, {})
+    return adapter, path
+
+
+def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...]) -> None:
+    """Greedy answers in each of these ways."""
+    from character.engine import open_engine
+
+    conversations = truth_requests(context)
+    adapter, vector = truth_parts(context)
+
+    async def run() -> None:
+        engine = open_engine(
+            resolve("pocket"), engine=engine_name, seed=SEED, adapters=[adapter], steered="steered" in ways
+        )
+        async with engine:
+            answers = {}
+            for way in ways:
+                used = adapter if "adapter" in way else None
+                steering = Steering(vector, 1.0) if "steered" in way else None
+                replies = await asyncio.gather(
+                    *(engine.reply(each, GREEDY, used, steering=steering) for each in conversations)
+                )
+                answers[way] = [reply.text for reply in replies]
+                context.tell(answers=answers)
+
+    asyncio.run(run())
+
+
+PLAIN, STEERED_WAYS = ("plain", "adapter"), ("steered", "adapter steered")
+
+
+def truth_vllm(context: Context) -> None:
+    """vLLM's answers, on the GPU where there is one: there from compiled graphs."""
+    truth_answers(context, "vllm", PLAIN)
+
+
+def truth_steered(context: Context) -> None:
+    """vLLM's answers when it is opened for steering."""
+    truth_answers(context, "vllm", STEERED_WAYS)
+
+
+def truth_transformers(context: Context) -> None:
+    """transformers' answers, on the GPU where there is one."""
+    truth_answers(context, "transformers", (*PLAIN, *STEERED_WAYS))
+
+
+def truth_judged(context: Context) -> None:
+    """How often the two agree, and how near the two tokens were in float32 where they first part."""
+    import peft
+    import torch
+
+    from repeng import ControlModel, ControlVector
+
+    conversations = truth_requests(context)
+    adapter, path = truth_parts(context)
+    answers = {
+        name: json.loads(context.out.with_name(f"truth.{name}.json").read_text())["answers"]
+        for name in ("vllm", "steered", "transformers")
+    }
+    first, second = answers["vllm"] | answers["steered"], answers["transformers"]
+
+    model = resolve("pocket")
+    network, tokenizer = load_network(model)
+    network = peft.PeftModel.from_pretrained(network.float(), str(adapter)).eval()
+    chat = load_chat(model)
+    vector = ControlVector.load(path)
+    for way in first:
+        steered = ControlModel(network, vector.directions)
+        if "steered" in way:
+            steered.set_control(vector, 1.0)
+        equal, gaps, tokens, agreed = 0, [], 0, 0
+        for messages, one, other in zip(conversations, first[way], second[way], strict=True):
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other)]
+            common = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
+            tokens += max(map(len, ids))
+            agreed += common
+            if one == other:
+                equal += 1
+                continue
+            prompt = torch.tensor([chat.encode(messages).ids + ids[0][:common]])
+            with torch.inference_mode(), contextlib.ExitStack() as stack:
+                if "adapter" not in way:
+                    stack.enter_context(network.disable_adapter())
+                logits = network(prompt).logits[0, -1].float()
+            chosen = [each[common] if common < len(each) else tokenizer.eos_token_id for each in ids]
+            gaps.append(abs(float(logits[chosen[0]] - logits[chosen[1]])))
+        steered.unwrap()
+        figures = {
+            "answers": len(conversations),
+            "equal": equal,
+            "tokens before the first difference": round(agreed / max(1, tokens), 4),
+            "largest float32 logit gap at a first difference": round(max(gaps, default=0.0), 4),
+            "distinct answers": len(set(first[way])),
+        }
+        context.tell(**{way: figures})
+
+
+# work → side → what runs it. The first two sides make the ratio.
+WORKS: dict[str, dict[str, Callable[[Context], None]]] = {
+    "machine": {"machine": machine},
+    "teacher": {"published": teacher_published, "ours": teacher_ours},
+    "interaction": {"published": interaction_published, "ours": interaction_ours},
+    "steering": {"published": steering_published, "ours": steering_ours},
+    "dpo": {"published": dpo_published, "ours": dpo_ours},
+    "sft": {"published": sft_published, "ours": sft_ours},
+    "start": {"cold": start, "warm": start},
+    "truth": {
+        "vllm": truth_vllm,
+        "steered": truth_steered,
+        "transformers": truth_transformers,
+        "judged": truth_judged,
+    },
+}
+# What was tried: no part of the ratios, run by `--only teacher.cascade` and the like.
+EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
+    "teacher": {"cascade": teacher_cascade, "runner1": teacher_runner1, "short": teacher_short},
+    "interaction": {"cascade": interaction_cascade},
+    "dpo": {"compiled": dpo_compiled, "plain": dpo_plain, "recomputed": dpo_recomputed, "small": dpo_small},
+}

@@ -1,0 +1,118 @@
+"""The GPU benchmark's own parts: the model it makes, what it is asked for, its ratios, and the page written from them."""
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from character.constants import ROOT
+from character.engine.base import check_adapter
+from character.engine.chat import load_chat
+from character.models import resolve
+from character.utils import UserError
+
+FOLDER = ROOT / "benchmarks" / "gpu"
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": None,
+    "dtype": "bfloat16",
+    "eos_token_id": 511,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 510,
+    "tie_word_embeddings": False,
+    "vocab_size": 512,
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """script(name): a module of the benchmark."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def test_the_page_is_what_the_code_chooses(script: Any) -> None:
+    hardware = script("hardware")
+    assert (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8") == hardware.page(), (
+        "run: python benchmarks/gpu/hardware.py"
+    )
+
+
+def test_a_model_of_a_shape_loads_like_any_other(script: Any, tiny: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    shape = script("shape")
+    folder = shape.build(tmp_path / "made", tiny, None)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert network.dtype == torch.bfloat16
+    assert 0.015 < network.model.layers[1].mlp.up_proj.weight.float().std() < 0.025
+    assert (network.model.norm.weight == 1).all()
+    check_adapter(shape.save_adapter(tmp_path / "adapter", folder), 64, 2, "tiny")
+    stamp = (folder / "model.safetensors.index.json").stat().st_mtime_ns
+    assert shape.build(tmp_path / "made", tiny, None) == folder
+    assert (folder / "model.safetensors.index.json").stat().st_mtime_ns == stamp
+
+    chat = load_chat(resolve(str(folder), "Llama"))
+    text = shape.words(random.Random(0), 300, 512)
+    ids = chat.ids(text)
+    assert len(ids) == 300 and chat.decode(ids) == text, "a text has as many tokens as it was asked to have"
+    prompt = chat.encode([{"role": "system", "content": text}, {"role": "user", "content": "w1 w2"}]).ids
+    assert len(prompt) == 300 + 2 + 5
+
+
+def test_lengths_are_log_normal(script: Any) -> None:
+    found = sorted(script("shape").lengths(random.Random(0), 4000, 330, 0.6, 1024))
+    assert 310 < found[2000] < 350 and found[-1] == 1024 and found[0] > 0
+    assert 370 < sum(found) / 4000 < 410
+
+
+def test_works_and_sides_are_named(script: Any) -> None:
+    script("shape")
+    script("works")
+    run = script("run")
+    assert run.chosen(["dpo"]) == [("dpo", "published"), ("dpo", "ours")]
+    assert run.chosen(["teacher.cascade"]) == [("teacher", "cascade")]
+    for wrong in ("nothing", "dpo.nothing"):
+        with pytest.raises(UserError, match=f"unknown work '{wrong}'; known: .*teacher.cascade"):
+            run.chosen([wrong])
+
+
+def test_a_ratio_needs_one_kind_of_gpu(script: Any) -> None:
+    script("shape")
+    script("works")
+    works = {
+        "dpo": {"published": {"rate": 1000.0, "gpu": "A"}, "ours": {"rate": 4000.0, "gpu": "A"}},
+        "sft": {"published": {"rate": 1000.0, "gpu": "A"}, "ours": {"rate": 4000.0, "gpu": "B"}},
+        "start": {"cold": {"rate": None, "gpu": "A"}},
+    }
+    script("run").add_ratios(works)
+    assert works["dpo"]["ratio"] == 4.0 and "ratio" not in works["sft"] and "ratio" not in works["start"]
