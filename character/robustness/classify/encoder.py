@@ -61,13 +61,15 @@ class Encoder:
         import torch
 
         found = [""] * len(texts)
+        device = self.network.device
         # Answers of like length share a batch, so that little of it is padding.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             tokens = self.tokenizer.pad(self._tokens([texts[number] for number in batch]), return_tensors="pt")
-            with torch.inference_mode():
-                logits = self.network(**tokens.to(self.network.device)).logits
+            # As in training, so that a reloaded encoder reads the same.
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = self.network(**tokens.to(device)).logits
             for number, label in zip(batch, logits.argmax(-1).tolist(), strict=True):
                 found[number] = self.network.config.id2label[label]
         return found
