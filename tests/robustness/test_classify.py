@@ -87,7 +87,7 @@ def test_f1_is_over_the_personas_that_are_there_and_the_others_are_named(
     shown, error = capsys.readouterr()
     assert "sarcasm is left out: the classifier has no answers of it" in error
     assert "no answers by DPO, plain: humor (plain)" in shown
-    assert "2 personas only: macro-F1 over fewer than 11" in shown
+    assert "2 personas, so not comparable with macro-F1 over the published 11" in shown
     table = run_classifier.table(results)
     assert table.loc[("base + system prompt", "under the 8 suffixes"), "macro-F1"] == "n/a"
     assert table.loc[("DPO", "plain"), "personas"] == "1 of 2"

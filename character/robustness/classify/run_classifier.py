@@ -170,11 +170,10 @@ def caption(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     text = (
         f"{results['student']}; classifier: {settings['classifier']}, {PROTOCOLS[settings['protocol']]}, "
-        f"{len(settings['classes'])} classes{' with' if NONE in settings['classes'] else ', none of them'} 'none'"
+        f"{len(settings['classes'])} classes {'with' if NONE in settings['classes'] else 'without'} 'none'"
     )
-    few = len(results.get("personas", range(PUBLISHED)))
-    if few < PUBLISHED:
-        text += f"; {few} personas only: macro-F1 over fewer than {PUBLISHED} is no figure to compare with one over {PUBLISHED}"
+    if "personas" in results and len(results["personas"]) < PUBLISHED:
+        text += f"; {len(results['personas'])} personas, so not comparable with macro-F1 over the published {PUBLISHED}"
     return text
 
 
@@ -300,7 +299,8 @@ def main(args: Args) -> None:
         write_json(results_path(student, None, args.protocol), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
         print(table(results).to_string())
-        print("\n".join(said_missing(results["missing"], GROUPS)))
+        for line in said_missing(results["missing"], GROUPS):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ prints its cross-validated scores per persona. TF-IDF and logistic regression ar
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,11 +137,10 @@ def make() -> Any:
 def gathered(args: ClassifierArgs, also: Sequence[str], tested: Collection[str]) -> tuple[Examples, dict[str, Any]]:
     """(examples, settings) that the flags mean. tested: the tested prompts. Raises UserError."""
     of_student, of_teacher = resolve(args.model, served=True).short, resolve(args.teacher, served=True).short
-    per_class = min(args.per_class, args.limit or args.per_class)
     if args.protocol == "paper":
-        found = published_examples(of_student, per_class, also)
+        found = published_examples(of_student, args.per_class, also)
     else:
-        found = examples(of_teacher, of_student, per_class, also, tested)
+        found = examples(of_teacher, of_student, args.per_class, also, tested)
     settings: dict[str, Any] = {
         "classifier": args.classifier,
         "protocol": args.protocol,
@@ -166,7 +165,7 @@ def ready(args: ClassifierArgs, also: Sequence[str] = (), tested: Collection[str
     if args.classifier == TFIDF:
         return make().fit(*found[:2]), settings
     folder = encoder_path(settings)
-    if args.overwrite or not (folder / META).exists():
+    if not (folder / META).exists():
         train_encoder(args, found, settings, folder)
     return Encoder.load(folder), settings
 
@@ -210,16 +209,18 @@ def cross_validated(untrained: Callable[[], Any], found: Examples, seed: int) ->
 
 def main(args: Args) -> None:
     """Print how well the classifier reads answers to prompts that it was not trained on; train and keep an encoder."""
-    also = constitution.selected(args.constitution)
-    found, settings = gathered(args, also, ())
+    args = replace(args, per_class=min(args.per_class, args.limit or args.per_class))
+    found, settings = gathered(args, constitution.selected(args.constitution), ())
     print(f"{len(found[0])} answers to {len(set(found[2]))} prompts: {settings['classes']}")
     if args.dry_run:
         return
     if args.classifier == TFIDF:
         scores = cross_validated(make, found, args.seed)
     else:
-        ready(args, also)
-        scores = read_json(encoder_path(settings) / META)["cross_validated"]
+        folder = encoder_path(settings)
+        if args.overwrite or not (folder / META).exists():
+            train_encoder(args, found, settings, folder)
+        scores = read_json(folder / META)["cross_validated"]
     print(f"{FOLDS} folds by prompt")
     print(per_persona_table(scores).to_string())
     for name in ("macro_f1", "macro_f1_with_none", "accuracy", "accuracy_with_none"):

@@ -110,7 +110,8 @@ def main(args: Args) -> None:
         write_json(results_path(student, None, args.protocol, PREFILL), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
         print(table(results).to_string())
-        print("\n".join(run_classifier.said_missing(results["missing"], turns_of(results))))
+        for line in run_classifier.said_missing(results["missing"], turns_of(results)):
+            print(line)
 
 
 if __name__ == "__main__":
