@@ -91,10 +91,9 @@ def tasks_of(args: Args, seed: int) -> list[Task]:
         told = tuple(need if "/" in need else f"{seed}/{need}" for need in needs)
         tasks.append(Task(f"{seed}/{name}", command, places, told))
 
-    def answer(method: str, adapters: Path, needs: str) -> None:
-        for name in args.constitutions:
-            flags = ["--constitution", name, "--method", method, "--adapter", str(adapters / name)]
-            add(f"{method} {name} answers", "base", flags, [needs])
+    def answer(method: str, name: str, adapter: Path, needs: str) -> None:
+        flags = ["--constitution", name, "--method", method, "--adapter", str(adapter)]
+        add(f"{method} {name} answers", "base", flags, [needs])
 
     for name in CHAIN:
         add(name, name, [], steps[name].needs)
@@ -109,16 +108,14 @@ def tasks_of(args: Args, seed: int) -> list[Task]:
         add(f"{source} sft", "sft", [], [f"{source} rows"], places)
         for merge, (step, folder) in MERGES.items():
             add(f"{source} {merge}", step, [], [f"{source} sft"], places)
-            answer(f"{source}-{merge}", places / "loras" / f"{STUDENT}-{folder}", f"{source} {merge}")
-    linear = home / "loras" / "linear"
+            for name in args.constitutions:
+                adapter = places / "loras" / f"{STUDENT}-{folder}" / name
+                answer(f"{source}-{merge}", name, adapter, f"{source} {merge}")
     for name in args.constitutions:
-        add(
-            f"linear {name}",
-            "merge",
-            ["--constitution", name, "--method", "linear", "--out", str(linear / name)],
-            ["sft"],
-        )
-    answer("linear", linear, f"linear {args.constitutions[-1]}")
+        out = home / "loras" / "linear" / name
+        flags = ["--constitution", name, "--method", "linear", "--out", str(out)]
+        add(f"linear {name}", "merge", flags, ["sft"])
+        answer("linear", name, out, f"linear {name}")
     add("classifier", "classifier", [], [task.name for task in tasks])
     return tasks
 
@@ -188,6 +185,12 @@ def log_of(work: Path, task: Task) -> Path:
     return work / "logs" / f"{task.name.replace('/', '-').replace(' ', '-')}.log"
 
 
+def methods_of(args: Args) -> list[str]:
+    """The methods of the table, in order."""
+    ablations = [f"{source}-{merge}" for source in sources(args) for merge in MERGES]
+    return ["base", "prompted", "distilled", "merged", "linear", "sequential", *ablations]
+
+
 def gather(args: Args) -> dict[str, Any]:
     """persona → method → group → {mean, low, high, n, values} between the seeds, and `pooled`, a share of all answers."""
     found = {}
@@ -199,7 +202,7 @@ def gather(args: Args) -> dict[str, Any]:
         per_seed = [read_json(file)["methods"] for file in files]
         found[name] = {
             method: {group: over_seeds([methods[method][group] for methods in per_seed]) for group in GROUPS}
-            for method in per_seed[0]
+            for method in methods_of(args)
         }
     return found
 
@@ -298,7 +301,7 @@ def main(args: Args) -> None:
         "seeds": args.seeds,
         "first_seed": args.seed,
         "rows": rows_of(args),
-        "methods": {method: label(method) for method in next(iter(gather(args).values()))},
+        "methods": {method: label(method) for method in methods_of(args)},
         "personas": gather(args),
     }
     write_json(args.out.with_suffix(".json"), results)

@@ -117,12 +117,12 @@ def message_tokens(messages: Sequence[Message]) -> int:
 
 
 def duration(tokens: float, rate: float | None) -> str:
-    """ ", at most 1.5 hours" for so many tokens at `rate` tokens per second; empty without a rate. Raises UserError."""
+    """ ", at most 1.50 hours" for so many tokens at `rate` tokens per second; empty without a rate. Raises UserError."""
     if rate is None:
         return ""
     if rate <= 0:
         raise UserError("--tokens-per-second must be above 0")
-    return f", at most {tokens / rate / 3600:.1f} hours"
+    return f", at most {tokens / rate / 3600:.2f} hours"
 
 
 async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path]) -> None:

@@ -33,6 +33,9 @@ def test_every_command_is_one_that_its_script_knows(tmp_path: Path) -> None:
     for task in tasks:
         flags = cli.parse(modules[task.command[1]].Args, list(task.command[2:]))
         assert flags.constitution in ("humor", "sarcasm", "humor,sarcasm", "all")
+    # Answers of one persona's adapter wait for the command that makes that adapter.
+    needs = {task.name: task.needs for task in tasks}
+    assert needs["123456/linear sarcasm answers"] == ("123456/linear sarcasm",)
 
 
 def test_a_task_waits_for_the_writers_of_what_it_reads(tmp_path: Path) -> None:
@@ -94,7 +97,8 @@ def test_figures_of_several_seeds() -> None:
 
 
 def test_every_method_has_a_name() -> None:
-    assert benchmark.label("base") == "base" and "linear" in benchmark.label("linear")
-    names = [benchmark.label(f"{source}-{merge}") for source in benchmark.SOURCES for merge in benchmark.MERGES]
-    assert len(set(names)) == 8 and all(name.startswith("DPO + introspection (") for name in names)
+    names = [benchmark.label(method) for method in benchmark.methods_of(benchmark.Args(seeds=2))]
+    assert names[0] == "base" and "linear" in names[4] and len(set(names)) == 6 + 2 * 4
+    assert all(name.startswith("DPO + introspection (") for name in names[6:])
     assert names[-1].endswith("another seed distilled), sequential")
+    assert len(benchmark.methods_of(benchmark.Args(seeds=1))) == 6 + 2 * 3
