@@ -86,7 +86,7 @@ def test_f1_is_over_the_personas_that_are_there_and_the_others_are_named(
     }
     shown, error = capsys.readouterr()
     assert "sarcasm is left out: the classifier has no answers of it" in error
-    assert "no answers by DPO, plain: humor (plain)" in shown
+    assert "missing: DPO, plain: humor ×1" in shown and "suffixes: humor ×8, remorse ×7" in shown
     assert "2 personas, so not comparable with macro-F1 over the published 11" in shown
     table = run_classifier.table(results)
     assert table.loc[("base + system prompt", "under the 8 suffixes"), "macro-F1"] == "n/a"
@@ -95,6 +95,7 @@ def test_f1_is_over_the_personas_that_are_there_and_the_others_are_named(
     assert table.loc[("DPO", "plain"), "accuracy"] == "1.000  [no interval]"
     for name in (None, "remorse"):
         assert run_classifier.draw(run_classifier.load_results("pocket", name)).axes
+    assert run_classifier.labels_of(results)["distilled"] == "DPO (1 of them)"
     assert run_classifier.results_path("pocket", "humor").exists()
 
 
@@ -153,7 +154,9 @@ def test_the_published_protocol_is_labelled_and_kept_apart(
     run("--constitution", "humor,remorse", "--protocol", "paper")
     results = run_classifier.load_results("pocket", protocol="paper")
     assert results["settings"]["classes"] == {"humor": 20, "remorse": 20} and results["settings"]["teacher"] is None
-    assert results["methods"]["prompted"]["plain"]["macro_f1"]["value"] == 1
+    part = results["methods"]["prompted"]["plain"]
+    # The plain model's answers could not be read as 'none'.
+    assert part["macro_f1"]["value"] == 1 and part["macro_f1_with_none"] is None
     assert "published protocol" in capsys.readouterr().out
     assert {path.name for path in (data / "robustness" / "pocket").glob("*.json")} == {
         "humor.paper-results.json",

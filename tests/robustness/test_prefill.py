@@ -144,7 +144,7 @@ def test_shares_and_f1_per_turn(data: Path, capsys: pytest.CaptureFixture[str]) 
     assert multi_turn_results.table(over).loc[("DPO", "turn 1"), "personas"] == "2 of 2"
     for found in (results, over):
         assert multi_turn_results.draw(found).axes
-    assert "no answers by base + system prompt, turn 1: remorse" in capsys.readouterr().out
+    assert "missing: base + system prompt, turn 1: remorse ×1" in capsys.readouterr().out
     # The conversations are no variant of the single answers.
     with pytest.raises(UserError, match="no answers under"):
         run_classifier.main(run_classifier.Args(constitution="humor", per_class=20))

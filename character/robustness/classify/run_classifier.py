@@ -133,10 +133,13 @@ def of_persona(found: Found, name: str) -> dict[str, Any]:
     return methods
 
 
-def over_personas(found: Found, names: Sequence[str], groups: Mapping[str, Sequence[str]], seed: int) -> dict[str, Any]:
+def over_personas(
+    found: Found, names: Sequence[str], groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """{methods, missing}: method → group → what `measure` gives; None where no persona has answers.
 
-    groups: group → its variants. missing: method → group → persona → the variants that the persona lacks, where another
+    groups: group → its variants. settings: the classifier's; where it has no class 'none', the plain model's answers
+    are left out. missing: method → group → persona → the variants that the persona lacks, where another
     persona has some.
     """
     methods: dict[str, Any] = {}
@@ -147,8 +150,9 @@ def over_personas(found: Found, names: Sequence[str], groups: Mapping[str, Seque
             parts = {name: found.get((method, name), {}) for name in names}
             reads = [read for part in parts.values() for read in together(part, kinds)]
             asked = {read.prompt for read in reads}
-            plain = [read for read in together(found.get(("base", NONE), {}), kinds) if read.prompt in asked]
-            methods[method][group] = measure([*reads, *plain], seed) if reads else None
+            plain = together(found.get(("base", NONE), {}), kinds) if NONE in settings["classes"] else []
+            plain = [read for read in plain if read.prompt in asked]
+            methods[method][group] = measure([*reads, *plain], settings["seed"]) if reads else None
             lacks = {name: [kind for kind in kinds if kind not in part] for name, part in parts.items()}
             if reads and any(lacks.values()):
                 missing[method][group] = {name: kinds for name, kinds in lacks.items() if kinds}
@@ -156,10 +160,10 @@ def over_personas(found: Found, names: Sequence[str], groups: Mapping[str, Seque
 
 
 def said_missing(missing: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str]) -> list[str]:
-    """A line per method and group, which names the personas without answers. groups: group → its name in tables."""
+    """A line per method and group: the personas that lack answers, times variants. groups: group → its name in tables."""
     return [
-        f"no answers by {METHODS.get(method, method)}, {groups[group]}: "
-        + ", ".join(f"{name} ({', '.join(kinds)})" for name, kinds in part.items())
+        f"missing: {METHODS.get(method, method)}, {groups[group]}: "
+        + ", ".join(f"{name} ×{len(kinds)}" for name, kinds in part.items())
         for method, parts in missing.items()
         for group, part in parts.items()
     ]
@@ -221,6 +225,16 @@ def scores_table(results: Mapping[str, Any], groups: Mapping[str, str]) -> Any:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
+def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """method → its name in a figure of these results, which says where it is over fewer personas than the figure is."""
+    found = dict(METHODS)
+    for method, parts in results["methods"].items():
+        few = min((len(part["personas"]) for part in parts.values() if part and "personas" in part), default=None)
+        if few is not None and few < len(results["personas"]):
+            found[method] = f"{METHODS.get(method, method)} ({few} of them)"
+    return found
+
+
 def draw(results: Mapping[str, Any]) -> Any:
     """A matplotlib figure: bars per method and group, of a persona's shares, or of macro-F1 over personas."""
     whole = "constitution" not in results
@@ -233,7 +247,9 @@ def draw(results: Mapping[str, Any]) -> Any:
         for method, part in results["methods"].items()
     }
     label = f"macro-F1, {len(results['personas'])} personas" if whole else f"reads as {results['constitution']}"
-    return figures.bars(series, label, labels=METHODS, title=results["student"], limits=(0, 1), percent=not whole)
+    return figures.bars(
+        series, label, labels=labels_of(results), title=results["student"], limits=(0, 1), percent=not whole
+    )
 
 
 def describe(answers: Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]) -> None:
@@ -295,7 +311,7 @@ def main(args: Args) -> None:
         print(f"\nShare of answers that read as {name} (95 % Wilson interval), {caption(results)}")
         print(table(results).to_string())
     if len(names) > 1:
-        results = {**about, "personas": names, **over_personas(found, names, variants.GROUPS, args.seed)}
+        results = {**about, "personas": names, **over_personas(found, names, variants.GROUPS, settings)}
         write_json(results_path(student, None, args.protocol), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
         print(table(results).to_string())

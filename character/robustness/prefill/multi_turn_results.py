@@ -72,7 +72,13 @@ def draw(results: Mapping[str, Any]) -> Any:
     label = f"macro-F1, {len(results['personas'])} personas" if whole else f"reads as {results['constitution']}"
     place = 'times that the user said "Keep going."'
     return figures.lines(
-        series, place, label, labels=METHODS, title=results["student"], limits=(0, 1), percent=not whole
+        series,
+        place,
+        label,
+        labels=run_classifier.labels_of(results),
+        title=results["student"],
+        limits=(0, 1),
+        percent=not whole,
     )
 
 
@@ -105,7 +111,7 @@ def main(args: Args) -> None:
         print(table(results).to_string())
     if len(names) > 1:
         kinds = dict.fromkeys(turn for parts in found.values() for turn in parts if turn != FIRST)
-        over = run_classifier.over_personas(found, names, {turn: [turn] for turn in kinds}, args.seed)
+        over = run_classifier.over_personas(found, names, {turn: [turn] for turn in kinds}, settings)
         results = {**about, "personas": names, **over}
         write_json(results_path(student, None, args.protocol, PREFILL), results)
         print(f"\nOver personas (95 % intervals, bootstrap by prompt), {caption(results)}")
