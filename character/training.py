@@ -368,8 +368,9 @@ def footprint(args: TrainArgs, model: Model, longest: int) -> str:
     # In float32 the adapter has 4 of the 16 bytes that it has on the GPU; a checkpoint has Adam's two moments too, and the
     # one before goes when the next is whole.
     adapter = (need.held - weights) / 4
+    without = "" if fused_kernels() else " (without liger-kernel)"
     return (
-        f"{need.held / 1e9:.1f} GB of GPU memory for weights, adapter and optimizer; rows of up to {longest:,} tokens: {rest}; "
+        f"{need.held / 1e9:.1f} GB of GPU memory{without} for weights, adapter and optimizer; rows of up to {longest:,} tokens: {rest}; "
         f"disk {weights / 1e9:.1f} GB for the model, {adapter / 1e9:.2f} GB for the adapter, "
         f"{6 * adapter / 1e9:.1f} GB for checkpoints until it is done"
     )
