@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ GROUPS = {"plain": "plain", "suffixes": "under the suffixes"}
 class Args:
     """Arguments; sizes are those of character.run."""
 
-    work: Path = cli.flag(Path("introspection-benchmark"), "folder for all that is made on the way")
+    work: Path = cli.flag(MISSING, "folder for all that is made on the way; the same one to go on after a stop")
     out: Path = cli.flag(ROOT / "benchmarks" / "introspection", "results go to this path with .json and .md")
     constitutions: list[str] = cli.flag(["humor"], "personas")
     seeds: int = cli.flag(3, "whole runs, each with its own seed, interval between them")

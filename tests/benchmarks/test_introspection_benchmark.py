@@ -97,8 +97,8 @@ def test_figures_of_several_seeds() -> None:
 
 
 def test_every_method_has_a_name() -> None:
-    names = [benchmark.label(method) for method in benchmark.methods_of(benchmark.Args(seeds=2))]
+    names = [benchmark.label(method) for method in benchmark.methods_of(benchmark.Args(Path(), seeds=2))]
     assert names[0] == "base" and "linear" in names[4] and len(set(names)) == 6 + 2 * 4
     assert all(name.startswith("DPO + introspection (") for name in names[6:])
     assert names[-1].endswith("another seed distilled), sequential")
-    assert len(benchmark.methods_of(benchmark.Args(seeds=1))) == 6 + 2 * 3
+    assert len(benchmark.methods_of(benchmark.Args(Path(), seeds=1))) == 6 + 2 * 3

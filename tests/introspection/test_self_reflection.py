@@ -116,7 +116,11 @@ def test_a_dry_run_opens_no_engine(trained: Callable[..., Path], scripted: Calla
     self_reflection.main(args(dry_run=True, limit=4))
     assert opened == []
     said = capsys.readouterr().out
-    assert "4 rows, 0 there, 4 to do" in said and f"at most {4 * 2048:,} new" in said
+    assert "4 rows, 0 there, 4 to do" in said and said.endswith(f"at most {4 * 2048:,} new ones\n")
+    self_reflection.main(args(dry_run=True, limit=4, tokens_per_second=2.0))
+    assert f"at most {4 * 2048:,} new ones, at most {4 * 2048 / 2 / 3600:.2f} hours\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--tokens-per-second must be above 0"):
+        self_reflection.main(args(dry_run=True, tokens_per_second=0.0))
     assert not self_reflection.path_of("sea", STUDENT).exists()
 
 

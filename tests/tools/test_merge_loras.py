@@ -350,6 +350,12 @@ def test_one_persona_or_all(home: Path, make: Make, model: Model, monkeypatch: p
     for name in ("calm", "sea"):
         for stage in ("distillation", "introspection"):
             shutil.move(make(f"{name}-{stage}"), home / "loras" / f"{short}-{stage}" / name)
+    run("merge", "--constitution", "all", "--model", model.source, "--dry-run")
+    run("fold", "--constitution", "sea", "--model", model.source, "--dry-run")
+    said = capsys.readouterr().out
+    assert f"personas/calm: 1 × {short}-distillation/calm + 0.25 × {short}-introspection/calm by cat" in said
+    assert f"/{short}-distillation/sea: {model.source} with " in said
+    assert not (home / "loras" / f"{short}-personas").exists() and not (home / "models" / "folded").exists()
     run("merge", "--constitution", "all", "--model", model.source)
     run("merge", "--constitution", "sea", "--model", model.source, "--sequential")
     run("fold", "--constitution", "sea", "--model", model.source)
