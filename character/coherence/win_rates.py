@@ -35,7 +35,7 @@ def load_results(student: str, name: str | None = None) -> dict[str, Any]:
 
 
 def measure(judged: Sequence[Row], method: str, seed: int) -> dict[str, Any]:
-    """How `method` did against another one: the win rate over the messages that one of the two won, and the others.
+    """How `method` did against another one: the win rate over the messages that either won, and what it leaves out.
 
     judged: rows with a 'winner', by a judge two per message, one for each order. Every share is {share, low, high, n},
     n in messages, which are independent; None where there is nothing to count.
