@@ -26,7 +26,7 @@ from character.constants import DATA_PATH
 from character.distillation import teacher
 from character.engine import Engine
 from character.models import Model, resolve, safe_name
-from character.preferences import preferences, preferences_results
+from character.preferences import measures, preferences, preferences_results
 from character.robustness.classify import train_classifier
 from character.robustness.classify.run_classifier import METHODS
 from character.robustness.classify.scores import NONE
@@ -92,7 +92,11 @@ def given_in(path: Path, limit: int | None) -> list[Row]:
     """What the judging needs of an answers file's rows. Raises UserError for a row without it."""
     fields = ("prompt", "first", "second", "judge_first", "response")
     if rows.is_planned(path):
-        return [row | {"response": ""} for row in rows.read(path, made_by=MADE_BY)[:limit]]
+        # As long as it may become, so that a dry run can say what a judge would read.
+        return [
+            row | {"response": "x" * (steps.answer_tokens(row) * steps.CHARACTERS_PER_TOKEN)}
+            for row in rows.read(path, made_by=MADE_BY)[:limit]
+        ]
     found = rows.read(path, *fields, made_by=MADE_BY)[:limit]
     for number, row in enumerate(found, 1):
         if not all(isinstance(row[field], str) for field in fields) or row["judge_first"] not in pair_of(row):
@@ -222,7 +226,7 @@ def main(args: Args) -> None:
             print(f"{answers.verdicts(student, STAND_IN)}: {len(answers.given)} rows")
     if args.dry_run:
         return
-    about: dict[str, Any] = {"student": student, "settings": settings | preferences_results.SETTINGS}
+    about: dict[str, Any] = {"student": student, "settings": settings | measures.SETTINGS}
     if student == "pocket":
         about |= {"stand_in": True, "stands_in": stands_in(spec)}
     personas: dict[str, Any] = {}
@@ -233,13 +237,14 @@ def main(args: Args) -> None:
         for answers in told:
             if answers.name in (name, NONE):
                 verdicts.setdefault(answers.condition, {})[answers.method] = answers.given
-        ratings = preferences_results.measure(verdicts, name, spec != STAND_IN, args.seed)
+        ratings = measures.measure(verdicts, name, spec != STAND_IN, args.seed)
         personas[name] = {**about, "constitution": name, **ratings}
         write_json(preferences_results.results_path(student, name), personas[name])
         preferences_results.show(personas[name])
     missing = [name for name in names if name not in personas]
-    over = {**about, **preferences_results.over_personas(student, personas, missing, args.seed)}
-    if len(names) > 1 or over["between_models"]:
+    elsewhere = preferences_results.load_elsewhere(student, names)
+    if len(names) > 1 or elsewhere:
+        over = {**about, **measures.over_personas(personas, elsewhere, missing, args.seed)}
         write_json(preferences_results.results_path(student), over)
         preferences_results.show(over)
 

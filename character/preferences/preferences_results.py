@@ -1,6 +1,5 @@
-"""Ratings of traits from verdicts, with 95 % intervals, and the stored results as tables and figures."""
+"""The stored ratings of traits, as tables and figures."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,13 @@ from character import figures
 from character.coherence.win_rates import STAND_IN
 from character.constants import DATA_PATH
 from character.models import safe_name
-from character.preferences import ratings
+from character.preferences.measures import BASE, Figure, Results
+from character.preferences.ratings import MIN_MATCHES, ORDERS, START
 from character.robustness.classify.run_classifier import METHODS, shown_share
-from character.robustness.classify.scores import MIN_PROMPTS, share
-from character.rows import Row
-from character.statistics import bootstrap
-from character.utils import PERSONA_TRAITS, read_json
+from character.utils import read_json
 
-BASE = "base"
-SIDES = ("first", "second")
-SETTINGS = {
-    "added_ties_per_trait": ratings.ADDED_TIES,
-    "verdicts_per_rated_trait": ratings.MIN_MATCHES,
-    "elo_k": ratings.K,
-    "elo_orders": ratings.ORDERS,
-}
+# How many traits a figure of the moves has, at most.
 MOVED = 20
-MIN_TRAITS = 3
-Figure = dict[str, Any]
 
 
 def results_path(student: str, name: str | None = None) -> Path:
@@ -41,195 +29,18 @@ def load_results(student: str, name: str | None = None) -> dict[str, Any]:
     return found
 
 
-# Of one persona.
-
-
-def measure(verdicts: Mapping[str, Mapping[str, Sequence[Row]]], name: str, judged: bool, seed: int) -> dict[str, Any]:
-    """{own, methods: method → condition → what was found}. verdicts: condition → method → rows with a 'winner'.
-
-    own: the persona's own traits among those on offer. judged: by a judge, whose leaning to what it reads first is
-    then told.
-    """
-    methods: dict[str, Any] = {}
-    offered = {row[side] for parts in verdicts.values() for given in parts.values() for row in given for side in SIDES}
-    own = [trait for trait in PERSONA_TRAITS.get(name, ()) if trait in offered]
-    for condition, parts in verdicts.items():
-        told = {method: [row for row in given if row["winner"]] for method, given in parts.items()}
-        cells = rated({method: given for method, given in told.items() if given}, sorted(offered), own, seed)
-        for method, given in told.items():
-            methods.setdefault(method, {})[condition] = {
-                "neither": _share(len(parts[method]) - len(given), len(parts[method])),
-                "first_listed": _share(sum(row["winner"] == row["first"] for row in given), len(given)),
-                "judge_first": _share(sum(row["winner"] == row["judge_first"] for row in given), len(given))
-                if judged
-                else None,
-                **cells.get(method, {"ratings": {}}),
-            }
-    return {"own": own, "methods": methods}
-
-
-def rated(
-    told: Mapping[str, Sequence[Row]], traits: Sequence[str], own: Sequence[str], seed: int
-) -> dict[str, dict[str, Any]]:
-    """method → ratings, how they moved from the base's, and what they rest on, under one condition.
-
-    told: method → the rows with a winner, one or more. The bootstrap draws whole messages, the same for all methods.
-    """
-    import numpy as np
-
-    if not told:
-        return {}
-    number = {trait: index for index, trait in enumerate(traits)}
-    flat = [(place, row) for place, given in enumerate(told.values()) for row in given]
-    which = np.array([place for place, _ in flat])
-    winners = np.array([number[row["winner"]] for _, row in flat])
-    losers = np.array([number[row["first" if row["winner"] == row["second"] else "second"]] for _, row in flat])
-    size = len(traits)
-    base = list(told).index(BASE) if BASE in told else None
-    mine = [number[trait] for trait in own]
-
-    def wins_of(items: Any) -> Any:
-        cells = (which[items] * size + winners[items]) * size + losers[items]
-        return np.bincount(cells, minlength=len(told) * size**2).reshape(-1, size, size).astype(float)
-
-    def found(items: Any) -> Any:
-        """(2, methods, traits + 1): ratings and how they moved; the last column is the mean over the own traits."""
-        of_traits = ratings.bradley_terry(wins_of(items))
-        whole = np.hstack([of_traits, of_traits[:, mine or [0]].mean(1, keepdims=True)])
-        return np.stack([whole, whole - whole[base or 0]])
-
-    everything = np.arange(len(flat))
-    value, wins = found(everything), wins_of(everything)
-    matches = (wins + wins.swapaxes(1, 2)).sum(-1)
-    matches = np.hstack([matches, matches[:, mine].sum(1, keepdims=True)])
-    messages = [row["prompt"] for _, row in flat]
-    low, high = np.full((2, *value.shape), np.nan)
-    if len(set(messages)) >= MIN_PROMPTS:
-        low, high = bootstrap(messages, found, seed)
-    few = matches < ratings.MIN_MATCHES
-    few = np.stack([few, few | few[base or 0]])
-    for part in (value, low, high):
-        part[few] = np.nan
-
-    cells = {}
-    for place, method in enumerate(told):
-        lost = wins[place].sum(0)
-        ranks = (value[0, place, :size] > value[0, place, :size, None]).sum(1) + 1
-        elo = ratings.elo_over_orders(winners[which == place], losers[which == place], size, seed)
-        n = [int(count) for count in matches[place]]
-        enough = [trait for trait, index in number.items() if not few[0, place, index]]
-        cell: dict[str, Any] = {
-            "parts": ratings.parts(wins[place], [number[trait] for trait in enough]),
-            "few": [trait for trait in traits if trait not in enough],
-            "never": [trait for trait in enough if lost[number[trait]] == n[number[trait]]],
-            "always": [trait for trait in enough if not lost[number[trait]]],
-            "own_rating": _figure((value, low, high), (0, place, size), n[size]) if own else None,
-            "ratings": {
-                trait: _figure((value, low, high), (0, place, index), n[index])
-                | {
-                    "rank": int(ranks[index]),
-                    "elo": _figure(elo[1:], index, n[index]),
-                    "elo_published": float(elo[0][index]),
-                }
-                for trait, index in number.items()
-                if trait in enough
-            },
-        }
-        if base is not None and place != base:
-            both = [int(count) for count in matches[place] + matches[base]]
-            cell["own_delta"] = _figure((value, low, high), (1, place, size), both[size]) if own else None
-            cell["deltas"] = {
-                trait: _figure((value, low, high), (1, place, index), both[index])
-                for trait, index in number.items()
-                if not few[1, place, index]
-            }
-        cells[method] = cell
-    for method, cell in cells.items():
-        cell["spearman_with"] = {
-            other: correlation(cell["ratings"], cells[other]["ratings"], seed) for other in cells if other != method
-        }
-    return cells
-
-
-def _share(hits: int, total: int) -> Figure | None:
-    return share(hits, total) if total else None
-
-
-def _figure(parts: Sequence[Any], place: Any, n: int) -> Figure:
-    """{value, low, high, n} at one place of the arrays (value, low, high); None for what is no number."""
-    value, low, high = (None if math.isnan(part[place]) else float(part[place]) for part in parts)
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-def correlation(one: Mapping[str, Figure], other: Mapping[str, Figure], seed: int) -> Figure | None:
-    """Spearman's {value, low, high, n} of two ratings, n in traits that both rate; None where it is undefined."""
-    import numpy as np
-
-    traits = [trait for trait in one if trait in other]
-    if len(traits) < MIN_TRAITS:
-        return None
-    first, second = (np.array([part[trait]["value"] for trait in traits]) for part in (one, other))
-    value, low, high = ratings.spearman_with_interval(first, second, seed)
-    return None if math.isnan(value) else {"value": value, "low": low, "high": high, "n": len(traits)}
-
-
-# Over personas.
-
-
-def over_personas(
-    student: str, found: Mapping[str, Mapping[str, Any]], missing: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """What the results of personas show together. found: persona → its results. missing: those without answers.
-
-    between_personas: method → condition → 'a ~ b' → rank correlation of the two personas' ratings. between_models: other
-    student → persona → method → condition → rank correlation of the two students', so before training (base) and after.
-    """
-    between_personas: dict[str, Any] = {}
-    between: dict[str, Any] = {}
-    others = [folder for folder in (DATA_PATH / "preferences").iterdir() if folder.name != safe_name(student)]
-    for name, results in found.items():
-        for method, parts in results["methods"].items():
-            for condition, cell in parts.items():
-                for other in list(found)[: list(found).index(name)] if method != BASE else ():
-                    theirs = _ratings(found[other], method, condition)
-                    pairs = between_personas.setdefault(method, {}).setdefault(condition, {})
-                    pairs[f"{other} ~ {name}"] = correlation(cell["ratings"], theirs, seed)
-                for folder in others:
-                    path = folder / f"{name}.results.json"
-                    if path.exists():
-                        theirs = _ratings(read_json(path), method, condition)
-                        of_method = between.setdefault(folder.name, {}).setdefault(name, {}).setdefault(method, {})
-                        of_method[condition] = correlation(cell["ratings"], theirs, seed)
-    return {
-        "missing": list(missing),
-        "personas": {name: {"own": results["own"], "methods": _summary(results)} for name, results in found.items()},
-        "between_personas": between_personas,
-        "between_models": between,
-    }
-
-
-def _ratings(results: Mapping[str, Any], method: str, condition: str) -> Mapping[str, Figure]:
-    """What a persona's results say of each trait; empty where they say nothing."""
-    found: Mapping[str, Figure] = results["methods"].get(method, {}).get(condition, {}).get("ratings", {})
+def load_elsewhere(student: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Other student → persona → its stored results, of those personas that are there."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in sorted((DATA_PATH / "preferences").iterdir()):
+        for name in names:
+            path = folder / f"{name}.results.json"
+            if folder.name != safe_name(student) and path.exists():
+                found.setdefault(folder.name, {})[name] = read_json(path)
     return found
 
 
-def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A persona's results without what is told per trait."""
-    per_trait = ("ratings", "deltas", "few", "never", "always")
-    return {
-        method: {
-            condition: {key: value for key, value in cell.items() if key not in per_trait}
-            for condition, cell in parts.items()
-        }
-        for method, parts in results["methods"].items()
-    }
-
-
-# Tables and figures.
-
-
-def caption(results: Mapping[str, Any]) -> str:
+def caption(results: Results) -> str:
     """What a table or figure of these results has to say: whose ratings, who judged, what stands in."""
     settings = results["settings"]
     judge = settings["judge"]
@@ -250,14 +61,14 @@ def shown(figure: Figure | None, digits: int = 0, signed: bool = False) -> str:
     return text
 
 
-def moved(results: Mapping[str, Any], method: str, condition: str, number: int = MOVED) -> dict[str, Figure]:
+def moved(results: Results, method: str, condition: str, number: int = MOVED) -> dict[str, Figure]:
     """trait → how far its rating moved from the base's, of those that moved most, from the highest rise down."""
     deltas = results["methods"].get(method, {}).get(condition, {}).get("deltas", {})
     most = sorted(deltas, key=lambda trait: -abs(deltas[trait]["value"]))[:number]
     return {trait: deltas[trait] for trait in sorted(most, key=lambda trait: -deltas[trait]["value"])}
 
 
-def traits_table(results: Mapping[str, Any]) -> Any:
+def traits_table(results: Results) -> Any:
     """A DataFrame of text: a line per condition and trait, with each method's rating, rank and Elo."""
     import pandas as pd
 
@@ -268,13 +79,13 @@ def traits_table(results: Mapping[str, Any]) -> Any:
                 {
                     f"{method}: rating{_mark(results)}": shown(figure),
                     f"{method}: rank": str(figure["rank"]),
-                    f"{method}: Elo over orders": shown(figure["elo"]),
+                    f"{method}: Elo over {ORDERS} orders": shown(figure["elo"]),
                 }
             )
     return pd.DataFrame.from_dict(lines, orient="index").fillna("n/a")
 
 
-def table(results: Mapping[str, Any]) -> Any:
+def table(results: Results) -> Any:
     """A DataFrame of text: a line per method and condition; over personas, a line per persona, method and condition."""
     import pandas as pd
 
@@ -290,7 +101,7 @@ def table(results: Mapping[str, Any]) -> Any:
     return pd.DataFrame.from_dict(of_personas, orient="index").fillna("n/a")
 
 
-def _cells(results: Mapping[str, Any]) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
+def _cells(results: Results) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
     return [
         ((METHODS.get(method, method), condition), cell)
         for method, parts in results["methods"].items()
@@ -313,7 +124,7 @@ def _line(cell: Mapping[str, Any], own: str, mark: str) -> dict[str, str]:
     return line
 
 
-def agreement(results: Mapping[str, Any]) -> Any:
+def agreement(results: Results) -> Any:
     """A DataFrame of text: the rank correlations between personas and between models, of results over personas."""
     import pandas as pd
 
@@ -328,11 +139,11 @@ def agreement(results: Mapping[str, Any]) -> Any:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def _cell(figure: Figure) -> dict[str, str]:
-    return {"rank correlation": shown(figure, 2), "traits": str(figure["n"])}
+def _cell(figure: Figure | None) -> dict[str, str]:
+    return {"rank correlation": shown(figure, 2), "traits": str(figure["n"]) if figure else "n/a"}
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def notes(results: Results) -> list[str]:
     """What keeps a persona's ratings from being taken at face value, a line each."""
     found = []
     tie = "rests on the tied match that is added for each trait"
@@ -344,16 +155,16 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             found.append(f"{place}: n/a, too few answers show one of their two traits")
             continue
         if cell["few"]:
-            found.append(f"{place}: n/a for want of {ratings.MIN_MATCHES} verdicts on each: {', '.join(cell['few'])}")
-        for kind in ("never", "always"):
-            if cell[kind]:
-                found.append(f"{place}: {kind} taken: {', '.join(cell[kind])}; how extreme that is {tie}")
+            found.append(f"{place}: n/a for want of {MIN_MATCHES} verdicts on each: {', '.join(cell['few'])}")
+        extreme = [f"{kind} taken: {', '.join(cell[kind])}" for kind in ("never", "always") if cell[kind]]
+        if extreme:
+            found.append(f"{place}: {'; '.join(extreme)}; how extreme their ratings are {tie}")
         if cell["parts"] > 1:
             found.append(f"{place}: no chain of verdicts connects all traits; how their groups compare {tie}")
     return found
 
 
-def draw(results: Mapping[str, Any]) -> Any:
+def draw(results: Results) -> Any:
     """A matplotlib figure. Of a persona: the traits that moved most, by its last method under its first condition.
 
     Over personas: how far the own traits of each moved, by method, under the first condition.
@@ -380,14 +191,14 @@ def draw(results: Mapping[str, Any]) -> Any:
     )
 
 
-def draw_moved(results: Mapping[str, Any], method: str, condition: str) -> Any:
+def draw_moved(results: Results, method: str, condition: str) -> Any:
     """A matplotlib figure: how far the traits that moved most did, with intervals."""
     title = f"{results['constitution']} on {results['student']}, {METHODS.get(method, method)}: {condition}"
     label = f"rating moved from the base's by{_mark(results)}"
     return figures.bars({method: moved(results, method, condition)}, label, title=title, reference=0, horizontal=True)
 
 
-def each_moved(results: Mapping[str, Any]) -> list[Any]:
+def each_moved(results: Results) -> list[Any]:
     """`draw_moved` for every method and condition whose ratings can be held against the base's."""
     return [
         draw_moved(results, method, condition)
@@ -397,7 +208,7 @@ def each_moved(results: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def each_distribution(results: Mapping[str, Any]) -> list[Any]:
+def each_distribution(results: Results) -> list[Any]:
     """A matplotlib figure per condition: the ratings from the lowest to the highest, a line per method.
 
     The steeper a line, the more decided the model is; where all traits are alike to it, it is flat at 1000.
@@ -417,17 +228,17 @@ def each_distribution(results: Mapping[str, Any]) -> list[Any]:
                 f"rating{_mark(results)}",
                 labels=METHODS,
                 title=title,
-                reference=ratings.START,
+                reference=START,
             )
         )
     return found
 
 
-def _mark(results: Mapping[str, Any]) -> str:
+def _mark(results: Results) -> str:
     return f" ({STAND_IN})" if results.get("stand_in") else ""
 
 
-def show(results: Mapping[str, Any]) -> None:
+def show(results: Results) -> None:
     """Print what there is to say of results."""
     about = results.get("constitution", "all personas")
     print(f"\nPreferred traits, {about}, {caption(results)}")

@@ -50,7 +50,8 @@ def bradley_terry(wins: Any, added_ties: float = ADDED_TIES) -> Any:
         strengths += step / np.maximum(1, longest / 2)
         if longest.max() < 1e-9:
             break
-    return START + SCALE / math.log(10) * strengths
+    # Rounded, so that traits that fare alike are equal.
+    return np.round(START + SCALE / math.log(10) * strengths, 6)
 
 
 def elo(winners: Any, losers: Any, traits: int, orders: Any) -> Any:
@@ -109,7 +110,10 @@ def spearman_with_interval(first: Any, second: Any, seed: int) -> tuple[float, f
     """
     import numpy as np
 
+    value = float(spearman(first, second))
+    if math.isnan(value):
+        return value, value, value
     traits = np.random.default_rng(seed).integers(len(first), size=(DRAWS, len(first)))
     draws = spearman(first[traits], second[traits])
     low, high = np.quantile(draws[~np.isnan(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(spearman(first, second)), float(low), float(high)
+    return value, float(low), float(high)

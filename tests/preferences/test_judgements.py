@@ -17,7 +17,7 @@ from character.distillation import teacher
 from character.engine.base import Message, Reply, Sampling
 from character.engine.scripted import Scripted
 from character.models import Model, resolve
-from character.preferences import judgements, preferences, preferences_results
+from character.preferences import judgements, measures, preferences, preferences_results
 from character.utils import PERSONA_TRAITS, UserError, read_json
 from tests.conftest import Adapters
 from tools import pocket_world
@@ -179,6 +179,20 @@ def test_a_judge_reads_the_answer_and_its_two_traits(home: Path, monkeypatch: py
     assert len(asked) == 132
 
 
+def test_dry_run_of_the_whole_job_knows_the_verdicts(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows, "planned", {})
+    for method, name in (("base", "none"), ("merged", "humor")):
+        args = preferences.Args(method=["base"], condition=["feel"], comparisons=30, max_tokens=100, dry_run=True)
+        preferences.main(args)
+        made = rows.planned[preferences.path_of("pocket", "base", "feel", "none")]
+        rows.plan(preferences.path_of("pocket", method, "feel", name), made if method != "base" else [])
+    capsys.readouterr()
+    judgements.main(judgements.Args(judge="some/judge", constitution="humor", dry_run=True))
+    assert "feel-by-some--judge/humor.jsonl: 30 rows, 0 there, 30 to do" in capsys.readouterr().out
+
+
 def told_by(judge: str, method: str, name: str) -> list[rows.Row]:
     path = preferences.path_of("pocket", method, f"random-by-{judge}", name)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -268,7 +282,7 @@ def test_training_raises_what_it_should() -> None:
 
 def measured(given: dict[str, dict[str, list[rows.Row]]], judged: bool = False) -> dict[str, Any]:
     about = {"student": "pocket", "constitution": "humor", "settings": {"judge": "some/judge"}}
-    return about | preferences_results.measure(given, "humor", judged, seed=1)
+    return about | measures.measure(given, "humor", judged, seed=1)
 
 
 def test_same_answers_move_nothing() -> None:
@@ -320,12 +334,16 @@ def test_over_personas_and_models(home: Path) -> None:
         path = preferences_results.results_path(of_student, "humor")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(results), encoding="utf-8")
-    found = preferences_results.over_personas("pocket", {"humor": results, "loving": results}, ["sarcasm"], seed=1)
+    elsewhere = preferences_results.load_elsewhere("pocket", ["humor", "loving"])
+    flat = measured({"feel": {"base": verdicts(even), "merged": verdicts(lambda row: row["first"])}})
+    personas = {"humor": results, "loving": results, "goodness": flat}
+    found = measures.over_personas(personas, elsewhere, ["sarcasm"], seed=1)
     between = found["between_models"]["other"]["humor"]
     assert between["base"]["feel"]["value"] == between["merged"]["feel"]["value"] == pytest.approx(1)
     assert found["between_personas"]["merged"]["feel"]["humor ~ loving"]["n"] == 11
     shown = preferences_results.agreement(found).to_string()
-    assert "humor ~ loving" in shown and "other" in shown
+    assert found["between_personas"]["merged"]["feel"]["humor ~ goodness"] is None
+    assert "humor ~ loving" in shown and "other" in shown and "n/a" in shown
     broken = preferences_results.results_path("other", "humor")
     broken.write_text(
         json.dumps(results).replace('"value": 1000', '"value": NaN', 1).replace('"low": ', '"low": NaN, "x": ', 1)

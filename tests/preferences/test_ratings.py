@@ -44,7 +44,7 @@ def test_agreement_with_evalica(matches: tuple[Any, Any, int], require: Callable
     given = [list(map(int, winners)), list(map(int, losers)), [evalica.Winner.X] * len(winners)]
     scores = np.log(evalica.bradley_terry(*given, tolerance=1e-12, limit=10_000).scores.sort_index().to_numpy())
     expected = 1000 + 400 / np.log(10) * (scores - scores.mean())
-    assert ratings.bradley_terry(ratings.won(winners, losers, traits), 0) == pytest.approx(expected, abs=1e-6)
+    assert ratings.bradley_terry(ratings.won(winners, losers, traits), 0) == pytest.approx(expected, abs=1e-5)
     published = evalica.elo(*given, k=32).scores.sort_index().to_numpy()
     assert ratings.elo_over_orders(winners, losers, traits, seed=1)[0] == pytest.approx(published, abs=1e-9)
 
@@ -94,4 +94,4 @@ def test_spearman_and_its_interval() -> None:
         (np.tanh(np.arctanh(value) - error), np.tanh(np.arctanh(value) + error)), abs=0.04
     )
     assert ratings.spearman(np.array([one, one]), np.array([one, -one])) == pytest.approx([1, -1])
-    assert np.isnan(ratings.spearman(one, np.ones(150)))
+    assert np.isnan(ratings.spearman_with_interval(one, np.ones(150), seed=1)).all()
