@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from character.utils import UserError, git_commit, read_json, versions, write_js
 HERE = Path(__file__).parent
 # After this a side is ended; it may have told figures by then.
 PATIENCE = 3
+# Lines of vLLM's log that are kept.
+TELLING = re.compile(
+    r"KV cache size|Maximum concurrency|torch.compile t|Graph capturing|model runner|FlashAttention ver"
+)
 
 
 @dataclass
@@ -66,7 +71,8 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
     told.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "run.py"), "--side", f"{work}.{side}", "--folder", str(folder)]
     command += ["--scale", str(args.scale), "--seconds", str(args.seconds), *(["--tiny"] if args.tiny else [])]
-    variables = dict(os.environ)
+    # The engine otherwise keeps vLLM's log to itself.
+    variables = {"VLLM_LOGGING_LEVEL": "INFO"} | os.environ
     if work == "start":
         variables["VLLM_CACHE_ROOT"] = str(folder / "cache")
     begun = time.perf_counter()
@@ -85,10 +91,11 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
             process.wait()
     found = read_json(told) if told.exists() else {}
     found["whole_seconds"] = round(time.perf_counter() - begun, 1)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    found["vllm"] = [line[-160:] for line in lines if TELLING.search(line)]
     if code:
         found["ended"] = code
-        lines = log.read_text(errors="replace").splitlines()
-        found["log"] = [line for line in lines if line.strip()][-25:]
+        found["log"] = [*[line for line in lines[:-30] if "Error" in line][:10], *lines[-30:]]
     return found
 
 
@@ -152,7 +159,9 @@ def main(args: Args) -> None:
             add_ratios(results["works"])
             if args.out:
                 write_json(args.out, results)
-            shown = {key: value for key, value in figures.items() if key not in ("answers", "losses", "settings")}
+            shown = {
+                key: value for key, value in figures.items() if key not in ("answers", "losses", "settings", "vllm")
+            }
             print(f"{work}.{side}", json.dumps(shown), flush=True)
         print("\n".join(["", *summary(results)]))
 

@@ -23,7 +23,7 @@ from character import training
 from character.engine import Sampling, Steering
 from character.engine.chat import load_chat
 from character.engine.transformers import load_model, load_network
-from character.engine.vllm import VLLMEngine
+from character.engine.vllm import CPU_DEFAULTS, VLLMEngine
 from character.introspection.self_interaction import view
 from character.models import Model, resolve
 from character.rows import Row, Rows
@@ -149,14 +149,15 @@ def median_seconds(work: Callable[[], object], repeats: int = 30) -> float:
 @contextlib.contextmanager
 def offline(context: Context, settings: dict[str, Any], lora: bool = False) -> Iterator[Any]:
     """vLLM's own engine, stepped by us as `LLM.generate` steps it."""
+    begun = time.perf_counter()
     import vllm
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if not has_gpu():
+        os.environ |= CPU_DEFAULTS
         settings = settings | {"dtype": "float32", "enforce_eager": True}
     if lora:
         settings = settings | {"enable_lora": True, "max_lora_rank": shape.RANK, "max_loras": 1}
-    begun = time.perf_counter()
     arguments = vllm.EngineArgs(
         model=str(context.folder / "model"),
         max_model_len=min(8192, context.config["max_position_embeddings"]),
