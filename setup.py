@@ -21,6 +21,8 @@ setup(
         "vllm": ["vllm==0.29.0"],
         "gpu": ["liger-kernel==0.8.5"],
         "openrlhf": ["openrlhf==0.11.2", "deepspeed==0.19.6", "flash-attn==2.8.3"],
+        # With xxhash 4 lighteval fails at the end of an evaluation.
+        "lighteval": ["lighteval==0.13.0", "xxhash<4"],
         "dev": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",

