@@ -169,6 +169,8 @@ def test_the_two_scripts_on_the_bundled_model(pocket_adapter: Path, tmp_path: Pa
     base, trained_rows = (read(next(folder.glob("*.jsonl"))) for folder in files)
     assert [row["first"] for row in base] == [row["first"] for row in trained_rows]
     assert all(row["responses"] != other["responses"] for row, other in zip(base, trained_rows, strict=True))
+    planned = command("multi_turn_results.py", "--dry-run", "--limit", "1")
+    assert planned.stdout == "base, none: 1 answers (prefill)\ndistilled, humor: 1 answers (prefill)\n"
     missing = command("multi_turn_results.py")
     assert missing.returncode == 2 and missing.stderr.startswith("error: the classifier needs answers")
     for name in ("humor", "remorse"):

@@ -252,10 +252,11 @@ def draw(results: Mapping[str, Any]) -> Any:
     )
 
 
-def describe(answers: Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]) -> None:
-    """What a dry run says of the answers that are there or planned."""
-    for (method, name), parts in answers.items():
-        print(f"{method}, {name}: {sum(map(len, parts.values()))} answers ({', '.join(parts)})")
+def describe(files: Mapping[tuple[str, str], Mapping[str, Path]], limit: int | None, made_by: str) -> None:
+    """What a dry run says of the files that are there or planned."""
+    for (method, name), paths in files.items():
+        count = sum(len(rows.read(path, made_by=made_by)[:limit]) for path in paths.values())
+        print(f"{method}, {name}: {count} answers ({', '.join(paths)})")
 
 
 def read_off(
@@ -289,12 +290,7 @@ def main(args: Args) -> None:
     made_by = "robustness/generate/prompted.py and trained.py"
     files = sources(student, wanted, kinds, made_by)
     if args.dry_run:
-        describe(
-            {
-                whose: {kind: rows.read(path, made_by=made_by)[: args.limit] for kind, path in paths.items()}
-                for whose, paths in files.items()
-            }
-        )
+        describe(files, args.limit, made_by)
         return
     answers = {
         whose: {

@@ -86,17 +86,19 @@ def main(args: Args) -> None:
     """Read every conversation that is there, store and print the shares per turn and the scores over the personas."""
     student = resolve(args.model, served=True).short
     wanted = constitution.selected(args.constitution)
-    files = run_classifier.sources(student, wanted, [PREFILL], made_by="robustness/prefill/multi_turn.py")
-    answers = {}
-    for whose, paths in files.items():
-        rows = answers_in(paths[PREFILL], "responses", args.limit, "robustness/prefill/multi_turn.py")
-        turns = range(len(rows[0]["responses"]))
-        answers[whose] = {FIRST: [(row["prompt"], row["first"]) for row in rows]} | {
-            str(turn + 1): [(row["prompt"], row["responses"][turn]) for row in rows] for turn in turns
-        }
+    made_by = "robustness/prefill/multi_turn.py"
+    files = run_classifier.sources(student, wanted, [PREFILL], made_by)
     if args.dry_run:
-        run_classifier.describe(answers)
+        run_classifier.describe(files, args.limit, made_by)
         return
+    answers: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
+    for whose, paths in files.items():
+        parts = answers[whose] = {FIRST: []}
+        for row in answers_in(paths[PREFILL], "first", args.limit, made_by):
+            parts[FIRST].append((row["prompt"], row["first"]))
+        for row in answers_in(paths[PREFILL], "responses", args.limit, made_by):
+            for turn, text in enumerate(row["responses"], 1):
+                parts.setdefault(str(turn), []).append((row["prompt"], text))
     found, names, settings = run_classifier.read_off(args, answers, wanted)
     about = {"student": student, "settings": settings}
     for name in names:
