@@ -65,13 +65,15 @@ LOOKS = (
     Look("#6b6b6b", "oo", "*", (0, (3, 1)), "#444444"),
 )
 METHODS = {"base": 0, "prompted": 1, "steered": 2, "distilled": 3, "merged": 4, "sequential": 5}
+# The order in which other series take what the methods beside them leave.
+OTHERS = (4, 1, 5, 0, 3, 2, 6, 7)
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look per series: a method's own, and for other names those that are left, in order, again and again."""
     names = list(names)
     taken = {METHODS[name] for name in names if name in METHODS}
-    free = [number for number in range(len(LOOKS)) if number not in taken] or list(range(len(LOOKS)))
+    free = [number for number in OTHERS if number not in taken] or OTHERS
     others = [name for name in names if name not in METHODS]
     found = {name: LOOKS[free[place % len(free)]] for place, name in enumerate(others)}
     return {name: LOOKS[METHODS[name]] if name in METHODS else found[name] for name in names}

@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ TURNS = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 REFUSAL = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+SMALL = ["--limit", "24", "--judged", "4", "--reflections", "1", "--conversations", "2", "--turns", "2"]
 # Where the one BOS of a conversation comes from, and whether there is a system role.
 TEMPLATES = {
     "template-bos": "{{ bos_token }}" + TURNS,
@@ -46,6 +48,34 @@ class Adapters:
     small: Path
     large: Path
     foreign: Path
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A finished run of the whole job. Its folder holds data, loras and figures; flags: those it was started with."""
+
+    folder: Path
+    flags: list[str]
+    done: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """start("character.run", folder, "--seed", "1"): a module's command line, its files being in `folder`."""
+
+    def run(module: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        places = {"DATA_PATH": f"{folder}/data", "LORA_PATH": f"{folder}/loras", "FIGURE_PATH": f"{folder}/figures"}
+        command = [sys.executable, "-m", module, *flags]
+        return subprocess.run(command, env=os.environ | places, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, start: Any) -> SmallRun:
+    """humor on the bundled model, from few rows. A test that changes files takes a copy."""
+    folder = tmp_path_factory.mktemp("run")
+    return SmallRun(folder, SMALL, start("character.run", folder, "--constitution", "humor", *SMALL))
 
 
 def missing(reason: str) -> NoReturn:

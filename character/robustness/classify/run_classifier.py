@@ -235,8 +235,11 @@ def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def draw(results: Mapping[str, Any]) -> Any:
-    """A matplotlib figure: bars per method and group, of a persona's shares, or of macro-F1 over personas."""
+def draw(results: Mapping[str, Any], suffix_marks: Mapping[str, float] | None = None, mark_label: str = "") -> Any:
+    """A matplotlib figure: bars per method and group, of a persona's shares, or of macro-F1 over personas.
+
+    suffix_marks: method → a figure from elsewhere that is marked beside its own under the suffixes, called mark_label.
+    """
     whole = "constitution" not in results
     kinds = {group: title for group, title in GROUPS.items() if any(p.get(group) for p in results["methods"].values())}
     series = {
@@ -248,7 +251,14 @@ def draw(results: Mapping[str, Any]) -> Any:
     }
     label = f"macro-F1, {len(results['personas'])} personas" if whole else f"reads as {results['constitution']}"
     return figures.bars(
-        series, label, labels=labels_of(results), title=results["student"], limits=(0, 1), percent=not whole
+        series,
+        label,
+        labels=labels_of(results),
+        title=results["student"],
+        limits=(0, 1),
+        percent=not whole,
+        marks={method: {GROUPS["suffixes"]: mark} for method, mark in (suffix_marks or {}).items()},
+        mark_label=mark_label,
     )
 
 
