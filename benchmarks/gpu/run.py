@@ -127,6 +127,10 @@ def add_ratios(works: dict[str, Any]) -> None:
 
 def main(args: Args) -> None:
     """Run what is asked for; write and print as results come."""
+    if args.side == "build":
+        assert args.folder
+        shape.build(args.folder, args.shape, args.model)
+        return
     if args.side:
         work, _, side = args.side.partition(".")
         assert args.folder
@@ -138,7 +142,10 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         begun = time.perf_counter()
-        shape.build(folder, args.shape, args.model)
+        # In a process of its own, which gives the GPU's memory back.
+        command = [sys.executable, str(HERE / "run.py"), "--side", "build", "--folder", str(folder)]
+        command += ["--shape", str(args.shape), *(["--model", str(args.model)] if args.model else [])]
+        subprocess.run(command, check=True)
         print(f"model in {folder / 'model'}: {time.perf_counter() - begun:.0f} s", flush=True)
         results: dict[str, Any] = read_json(args.out) if args.out and args.out.exists() else {"works": {}}
         results |= {
