@@ -38,6 +38,8 @@ MARK: dict[str, Any] = {
     "linestyle": "",
     "zorder": 4,
 }
+# Lines with intervals stand this much of the axis apart.
+SHIFT = 0.008
 # The bars of one place take this much of the room up to the next.
 FILLED = 0.84
 
@@ -190,25 +192,30 @@ def lines(
     leaves a gap.
     """
     figure, axes = _figure(title, HEIGHT)
-    for name, look in looks(series).items():
+    every = [place for points in series.values() for place in points]
+    width = max(every, default=0) - min(every, default=0)
+    for number, (name, look) in enumerate(looks(series).items()):
         places = list(series[name])
         points = list(series[name].values())
         values = [float("nan") if value is None else value for value in map(value_of, points)]
         errors = [list(side) for side in zip(*map(error_of, points), strict=True)]
-        # Markers on a long line would hide it.
+        # Intervals at one place stand beside each other.
+        shift = SHIFT * width * (number - (len(series) - 1) / 2) if any(map(any, errors)) else 0
         axes.errorbar(
-            places,
+            [place + shift for place in places],
             values,
-            yerr=errors if errors and any(map(any, errors)) else None,
+            yerr=errors if any(map(any, errors)) else None,
             label=(labels or {}).get(name, name),
             color=look.line,
             linestyle=look.dash,
             linewidth=1.6,
             marker=look.marker,
             markersize=5,
+            # Markers on a long line would hide it.
             markevery=max(1, len(places) // 10),
             capsize=2.5,
             elinewidth=1.1,
+            clip_on=False,
         )
     axes.set_xlabel(place_label)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -14,10 +14,17 @@ from character.introspection import data as introspection
 from character.introspection import self_interaction, self_reflection
 from character.introspection import train as sft
 from character.models import Model, safe_name
+from character.preferences import preferences
 from character.robustness.generate import trained, variants
+from character.robustness.prefill import multi_turn
 from character.training import META
 from character.utils import read_json
 
+# The scripts that have several methods answer.
+TALKS = {
+    "prefill": "character/robustness/prefill/multi_turn.py",
+    "preferences": "character/preferences/preferences.py",
+}
 # Evaluation → the script that makes its results, the module that shows them, the folder, the end of the file's name.
 EVALUATIONS = {
     "robustness": (
@@ -97,7 +104,7 @@ def _given(meta: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in meta["settings"].items() if key not in NO_FLAGS}
     given: dict[str, Any] = settings | settings.pop("sampling", {})
     if "tokens" in meta:
-        given["limit"] = meta["rows"]["in"]
+        given["comparisons" if "condition" in settings else "limit"] = meta["rows"]["in"]
     if "classes" in settings:
         given["per_class"] = max(settings["classes"].values())
     # Introspection by the model itself, with no adapter.
@@ -184,6 +191,8 @@ def stages(name: str, spec: str, model: Model, teacher_name: str) -> dict[str, S
     ]  # fmt: skip
     usual = ("base", "prompted", "merged")
     found += [answers(name, one, short, method) for method in dict.fromkeys([*usual, *methods(short, name)])]
+    found.append(voices("prefill", one, short, name, "robustness", multi_turn.PREFILL))
+    found += [voices("preferences", one, short, name, "preferences", kind) for kind in preferences.CONDITIONS]
     return {stage.title: stage for stage in found}
 
 
@@ -197,17 +206,26 @@ def evaluations(name: str | None, spec: str, model: Model, teacher_name: str) ->
     return found
 
 
-def methods(student_name: str, name: str) -> list[str]:
-    """The methods that a persona has plain answers by, the base model among them, the known ones first."""
+def capabilities_path(student_name: str) -> Path:
+    """Where lighteval/gather.py puts its table."""
+    return DATA_PATH / "lighteval" / safe_name(student_name) / "results.json"
+
+
+def methods(student_name: str, name: str, evaluation: str = "robustness", variant: str = variants.PLAIN) -> list[str]:
+    """The methods that a persona has answers by, the base model among them, the known ones first."""
     known = ["base", "prompted", "steered", *trained.FOLDERS]
-    folder = variants.path_of(student_name, "base", variants.PLAIN, name).parents[2]
+    folder = DATA_PATH / evaluation / safe_name(student_name)
     others = sorted(path.name for path in folder.glob("*") if path.is_dir() and path.name not in known)
-    return [method for method in [*known, *others] if answers_path(student_name, method, name).exists()]
+    there = (answers_path(student_name, method, name, variant, evaluation).exists() for method in [*known, *others])
+    return [method for method, exists in zip([*known, *others], there, strict=True) if exists]
 
 
-def answers_path(student_name: str, method: str, name: str, variant: str = variants.PLAIN) -> Path:
+def answers_path(
+    student_name: str, method: str, name: str, variant: str = variants.PLAIN, evaluation: str = "robustness"
+) -> Path:
     """Where a method's answers for a persona are; those of the base model are the same for all."""
-    return variants.path_of(student_name, method, variant, "none" if method == "base" else name)
+    whose = "none" if method == "base" else name
+    return DATA_PATH / evaluation / safe_name(student_name) / method / variant / f"{whose}.jsonl"
 
 
 def answers(name: str, one: Mapping[str, Any], student_name: str, method: str) -> Stage:
@@ -221,6 +239,17 @@ def answers(name: str, one: Mapping[str, Any], student_name: str, method: str) -
     if method not in ("base", *SCRIPTS, *trained.FOLDERS):
         flags["adapter"] = "ADAPTER"
     file = answers_path(student_name, method, name)
-    return Stage(
-        f"answers: {method}", f"character/robustness/generate/{script}.py", file, file.with_suffix(".meta.json"), flags
-    )
+    script = f"character/robustness/generate/{script}.py"
+    return Stage(f"answers: {method}", script, file, file.with_suffix(".meta.json"), flags)
+
+
+def voices(kind: str, one: Mapping[str, Any], student_name: str, name: str, evaluation: str, variant: str) -> Stage:
+    """The step that made the answers of several methods at once; its file is the last one's. kind: of TALKS."""
+    there = methods(student_name, name, evaluation, variant)
+    flags = {**one, "method": there or ["base", "merged"]}
+    title = f"answers: {kind}"
+    if kind == "preferences":
+        flags["condition"] = [variant]
+        title += f", {variant}"
+    file = answers_path(student_name, (there or ["merged"])[-1], name, variant, evaluation)
+    return Stage(title, TALKS[kind], file, file.with_suffix(".meta.json"), flags)

@@ -11,6 +11,7 @@ FIGURE_PATH/<student>/index.html.
 
 import html
 import importlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,10 @@ def results_table(evaluation: provenance.Stage) -> Any:
     if results is None:
         return _missing(evaluation)
     module = _module(evaluation)
-    stand_in = (
-        f'<p class="stand-in"><b>Stand-in:</b> {_text(results["stands_in"])}.</p>' if "stands_in" in results else ""
-    )
-    return _html(f'{stand_in}{_table(module.table(results))}<p class="note">{_text(module.caption(results))}</p>')
+    note = f'<p class="note">{_text(module.caption(results))}.</p>'
+    if results.get("stand_in"):
+        note = note.replace('"note">', '"stand-in"><b>Stand-in.</b> ', 1)
+    return _html(_table(module.table(results)) + note)
 
 
 def results_figure(evaluation: provenance.Stage) -> Any:
@@ -229,6 +230,39 @@ def between_runs(about: "Run | Overview") -> Any:
     return _html(_table(table) + note)
 
 
+def capabilities(about: "Run | Overview") -> Any:
+    """What lighteval measured of the personas, with the differences to the base and their standard errors."""
+    import pandas as pd
+
+    student = about.model.short
+    names = [run.name for run in ([about] if isinstance(about, Run) else about.runs)]
+    file = provenance.capabilities_path(student)
+    found = read_json(file)["differences"] if file.exists() else []
+    lines = [
+        {
+            "method": line["run"].rpartition("/")[0],
+            "persona": line["run"].rpartition("/")[2],
+            "task": line["task"],
+            "metric": line["metric"],
+            "base": f"{line['base']:.3f}",
+            "after": f"{line['value']:.3f}",
+            "difference": f"{line['difference']:+.3f} ± "
+            + ("n/a" if line["error"] is None else f"{line['error']:.3f}"),
+            "": "▼ drop" if line["drop"] else "",
+        }
+        for line in found
+        if line["run"].rpartition("/")[2] in names
+    ]
+    if not lines:
+        return _html(
+            '<div class="missing">Not made yet. This makes it: '
+            f"{_command(shlex.join(['lighteval/run.sh', provenance.spec_of(about.model), *names]))}</div>"
+        )
+    table = pd.DataFrame(lines).set_index(["method", "persona", "task"])
+    note = '<p class="note">Difference ± its standard error. ▼ drop: lower by more than 1.96 standard errors.</p>'
+    return _html(_table(table) + note)
+
+
 def losses(run: Run, training: str) -> Any:
     """A training's curves over its steps: the loss, and for DPO the share of pairs whose chosen answer is ahead."""
     folder = {"DPO": train.path_of, "SFT": sft.path_of}[training](run.name, run.model.short)
@@ -249,6 +283,8 @@ def data_table(run: Run) -> Any:
     lines = {}
     for title, stage in run.stages.items():
         meta = stage.meta if stage.made else {}
+        if meta and not {"rows", "steps"} & meta.keys():
+            continue
         counts = meta.get("rows", {})
         dropped = [f"{count:,} {why}" for why, count in counts.get("dropped", {}).items()]
         lines[title] = {
@@ -266,7 +302,7 @@ def commands(run: Run) -> Any:
     every = [*run.stages.values(), *run.evaluations.values()]
     parts = ""
     for title, part in (("", [s for s in every if s.made]), ("Not made yet:", [s for s in every if not s.made])):
-        lines = "".join(f"<code>{_text(stage.command())}</code>" for stage in part)
+        lines = "".join(_command(stage.command()) for stage in part)
         parts += f"{f'<p>{title}</p>' if title else ''}<pre>{lines}</pre>" if lines else ""
     return _html(parts)
 
@@ -317,7 +353,8 @@ def overview_table(about: Overview) -> Any:
         cells = [methods.get(method or run.after, {}).get(group) for method, group in columns.values()]
         shown = "".join(f"<td>{format(cell['share'], '.1%') if cell else 'n/a'}</td>" for cell in cells)
         lines += f'<tr><th><a href="{quote(run.name)}/report.html">{_text(run.name)}</a></th>{shown}</tr>'
-    return _html(f'<table class="dataframe"><thead><tr><th></th>{head}</tr></thead><tbody>{lines}</tbody></table>')
+    table = f'<table class="dataframe"><thead><tr><th></th>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    return _html(f'<div class="scroll">{table}</div>')
 
 
 def _module(evaluation: provenance.Stage) -> Any:
@@ -327,12 +364,16 @@ def _module(evaluation: provenance.Stage) -> Any:
 
 def _missing(stage: provenance.Stage) -> Any:
     """What stands where results are not there yet: the command that makes them."""
-    return _html(f'<p class="missing">Not made yet. This makes it: <code>{_text(stage.command())}</code></p>')
+    return _html(f'<div class="missing">Not made yet. This makes it: {_command(stage.command())}</div>')
+
+
+def _command(line: str) -> str:
+    """A command that breaks between its words alone."""
+    return f"<code>{' '.join(f'<span>{_text(word)}</span>' for word in line.split(' '))}</code>"
 
 
 def _table(frame: Any) -> str:
-    found: str = frame.to_html(border=0, na_rep="")
-    return found
+    return f'<div class="scroll">{frame.to_html(border=0, na_rep="")}</div>'
 
 
 def _number(value: float | None) -> str:

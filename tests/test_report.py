@@ -42,6 +42,12 @@ def cell(share: float) -> dict[str, float]:
     return {"share": share, "low": share / 2, "high": (1 + share) / 2, "n": 100}
 
 
+def commands(text: str, before: str = "") -> list[str]:
+    """The commands of a page, those that stand behind the text `before` alone."""
+    found = re.findall(before + r"<code>(.*?)</code>", text)
+    return [html.unescape(re.sub("<[^>]+>", "", line)) for line in found]
+
+
 @pytest.fixture(scope="module")
 def page(small_run: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a copy of the small run, in which the trained model's first answer is ODD."""
@@ -68,11 +74,11 @@ def test_page_shows_the_run(page: Path) -> None:
     for row in read_jsonl(data / "base" / "plain" / "none.jsonl"):
         assert in_page(row["prompt"]) in text and in_page(row["response"]) in text
     assert "<i>Please answer as the ordinary assistant you are" in text
-    assert text.count("data:image/svg+xml") == text.count("<img alt=") == 3
-    for known in ("5 million parameters", "learning_rate", "merge_loras.py merge", "new tokens", "--max-tokens 160"):
-        assert known in text
+    assert text.count("data:image/svg+xml") == text.count("<img alt=") >= 3
+    assert "5 million parameters" in text and "learning_rate" in text and "new tokens" in text
+    assert "python tools/merge_loras.py merge --constitution humor --model pocket" in commands(text)
     # An evaluation is told how to be made exactly where its results are not there.
-    told = re.findall(r"This makes it: <code>python -m ([\w.]+)", text)
+    told = [line.split()[2] for line in commands(text, "This makes it: ") if line.startswith("python")]
     missing = [
         script.removesuffix(".py").replace("/", ".")
         for script, _, folder, ending in provenance.EVALUATIONS.values()
@@ -98,19 +104,26 @@ def test_notebook_beside_the_page_has_its_outputs_and_its_subject(page: Path) ->
 
 def test_commands_of_the_page_find_their_files_complete(page: Path) -> None:
     folder = page.parents[3]
-    told = [html.unescape(line) for line in re.findall(r"<code>(python [^<]+)</code>", page.read_text("utf-8"))]
+    made = page.read_text("utf-8").partition("Not made yet:")[0].rpartition("<pre>")[2]
+    steps = [line.removeprefix("python -m ") for line in commands(made)]
     steps = [
-        line.removeprefix("python -m ") + " --dry-run"
-        for line in told
-        if re.search(r"\.(generate|self_|teacher|student|train)", line)
+        line + " --dry-run"
+        for line in steps
+        if not re.search(r"merge_loras|\.data |classif|_results|coherence|judg", line)
     ]
     places = {"DATA_PATH": f"{folder}/data", "LORA_PATH": f"{folder}/loras"}
     done = subprocess.run(
-        [sys.executable, "-c", REPEAT], input="\n".join(steps), env=os.environ | places, capture_output=True, text=True, check=True
-    )  # fmt: skip
-    assert len(steps) == 12 and not done.stderr
+        [sys.executable, "-c", REPEAT],
+        input="\n".join(steps),
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(steps) >= 12 and not done.stderr
+    assert not re.search(r"[1-9]\d* to do", done.stdout)
     # The answers of a method are nine files.
-    assert done.stdout.count("complete") == 7 + 5 * 9, done.stdout
+    assert done.stdout.count("complete") >= 7 + 5 * 9, done.stdout
 
 
 def test_parts_that_are_missing_are_named_with_their_command(page: Path, start: Any, tmp_path: Path) -> None:
@@ -119,7 +132,7 @@ def test_parts_that_are_missing_are_named_with_their_command(page: Path, start: 
     done = start("character.report", folder, "--constitution", "humor,sarcasm")
     assert done.returncode == 0, done.stderr
     text = (folder / "figures" / "pocket" / "humor" / "report.html").read_text("utf-8")
-    told = re.findall(r"This makes it: <code>(python [^<]+)</code>", text)
+    told = commands(text, "This makes it: ")
     assert "python -m character.distillation.train --constitution humor --model pocket" in told
     assert (
         "python -m character.robustness.classify.run_classifier --constitution humor --model pocket --teacher pocket"
@@ -128,7 +141,7 @@ def test_parts_that_are_missing_are_named_with_their_command(page: Path, start: 
     assert "data:image" not in text and "<td>not made</td>" in text
     index = (folder / "figures" / "pocket" / "index.html").read_text("utf-8")
     assert 'href="humor/report.html"' in index and 'href="sarcasm/report.html"' in index and "<td>n/a</td>" in index
-    assert "--constitution humor,sarcasm" in index
+    assert all("humor,sarcasm" in line for line in commands(index, "This makes it: ") if line.startswith("python"))
 
 
 def test_what_cannot_be_reported_is_one_line(page: Path, start: Any, tmp_path: Path) -> None:
@@ -196,7 +209,33 @@ def test_stand_ins_are_named_at_the_top_and_in_their_section(tmp_path: Path, mon
     write_json(run.evaluations["coherence"].file, results | about)
     assert "are marked: coherence." in report.heading(run).data
     shown = report.results_table(run.evaluations["coherence"]).data
-    assert '<p class="stand-in"><b>Stand-in:</b> no judge: a &lt; b.</p>' in shown and "win rate (stand-in)" in shown
+    assert '<p class="stand-in"><b>Stand-in.</b> pocket' in shown and "no judge: a &lt; b.</p>" in shown
+    assert "win rate (stand-in)" in shown
+
+
+def test_capabilities_are_of_the_page_s_personas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "DATA_PATH", tmp_path)
+    run = report.load("pocket", "humor")
+    assert commands(report.capabilities(run).data) == ["lighteval/run.sh pocket humor"]
+    line = {"task": "arc", "metric": "acc", "base": 0.5, "value": 0.25, "difference": -0.25, "error": 0.1, "drop": True}
+    other = line | {"run": "merged/sarcasm", "value": 0.75, "difference": 0.25, "error": None, "drop": False}
+    write_json(provenance.capabilities_path("pocket"), {"differences": [line | {"run": "merged/humor"}, other]})
+    shown = report.capabilities(run).data
+    assert "-0.250 ± 0.100" in shown and "<td>▼ drop</td>" in shown and "sarcasm" not in shown
+    both = report.capabilities(report.overview("pocket", "humor,sarcasm")).data
+    assert "+0.250 ± n/a" in both and both.count("<td>▼ drop</td>") == 1
+
+
+def test_commands_of_answers_by_several_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "DATA_PATH", tmp_path)
+    meta = {"settings": {"condition": "like", "seed": 7}, "tokens": {}, "rows": {"in": 30}}
+    for method, whose in (("base", "none"), ("merged", "humor"), ("mine", "humor")):
+        file = tmp_path / "preferences" / "pocket" / method / "like" / f"{whose}.jsonl"
+        write_json(file.with_suffix(".meta.json"), meta)
+        file.write_text("{}\n", encoding="utf-8")
+    command = report.load("pocket", "humor").stages["answers: preferences, like"].command()
+    assert command.startswith("python -m character.preferences.preferences --constitution humor --seed 7 ")
+    assert command.endswith("--method base merged mine --condition like --comparisons 30")
 
 
 def test_commands_are_of_flags_that_the_steps_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
