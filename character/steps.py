@@ -66,8 +66,13 @@ def settings_of(args: Any, model: Model, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path] = ()) -> None:
-    """Finish every job with one engine; with `--dry-run`, say what would be done. Raises UserError."""
+def generate(
+    jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path] = (), steered: bool = False
+) -> None:
+    """Finish every job with one engine; with `--dry-run`, say what would be done. steered: as for `open_engine`.
+
+    Raises UserError.
+    """
     todo = [job for job in jobs if not job.rows.complete]
     if args.dry_run:
         _foresee(jobs, args.tokens_per_second)
@@ -76,7 +81,7 @@ def generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Pa
         if job.rows.complete:
             print(f"{job.rows.describe()}; complete")
     if todo:
-        asyncio.run(_generate(todo, args, model, adapters))
+        asyncio.run(_generate(todo, args, model, adapters, steered))
 
 
 def _foresee(jobs: Sequence[Job], rate: float | None) -> None:
@@ -125,7 +130,7 @@ def duration(tokens: float, rate: float | None) -> str:
     return f", at most {tokens / rate / 3600:.2f} hours"
 
 
-async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path]) -> None:
+async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path], steered: bool) -> None:
     engine = open_engine(
         model,
         engine=args.engine,
@@ -133,6 +138,7 @@ async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequ
         api_key_variable=args.api_key_variable,
         seed=args.seed,
         adapters=adapters,
+        steered=steered,
     )
     async with engine:
         share = max(1, engine.concurrency // len(jobs))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from character.engine.base import safetensors_header
-from character.engine.chat import token_ids
+from character.engine.chat import common_prefix, token_ids
 from character.utils import UserError, replacing, write_json
 from repeng.control import decoder_layers
 
@@ -61,13 +61,13 @@ class ControlVector:
         return cls(model.config.get_text_config().model_type, directions)
 
     def save(self, path: Path, meta: Mapping[str, Any]) -> None:
-        """Write `path` (safetensors), and `meta` as JSON beside it."""
+        """Write `meta` as JSON beside `path`, then `path` (safetensors): where the vector is, its meta file is too."""
         from safetensors.numpy import save_file
 
+        write_json(path.with_suffix(".meta.json"), dict(meta))
         tensors = {NAME.format(layer): direction for layer, direction in self.directions.items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"model_type": self.model_type})
-        write_json(path.with_suffix(".meta.json"), dict(meta))
 
     @classmethod
     def load(cls, path: Path) -> ControlVector:
@@ -118,35 +118,45 @@ class ControlVector:
 
 
 def last_states(model: Any, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_size: int) -> Directions:
-    """Layer → (prompts, hidden size): what each layer hands on at the last token of each prompt."""
+    """Layer → (prompts, hidden size): what each layer hands on at the last token of each prompt.
+
+    What the prompts of a batch begin with (a system prompt) is computed once.
+    """
     import torch
 
-    width = model.config.get_text_config().hidden_size
-    found = {layer: np.empty((len(prompts), width), np.float32) for layer in layers}
-    rows = torch.tensor([], dtype=torch.long)
-    last = torch.tensor([], dtype=torch.long)
+    found = {
+        layer: np.empty((len(prompts), model.config.get_text_config().hidden_size), np.float32) for layer in layers
+    }
+    taken: dict[int, Any] = {}
 
     def taking(layer: int) -> Callable[[Any, Any, Any], None]:
         def take(module: Any, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            found[layer][rows] = hidden[torch.arange(len(rows)), last].float().cpu()
+            taken[layer] = output[0] if isinstance(output, tuple) else output
 
         return take
 
     modules = decoder_layers(model)
     hooks = [modules[layer].register_forward_hook(taking(layer)) for layer in layers]
-    # Prompts of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    # Neighbours in this order have much in common: the beginning, or else the length.
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row]))
     try:
         for start in range(0, len(order), batch_size):
-            rows = torch.tensor(order[start : start + batch_size])
-            batch = [torch.tensor(prompts[row]) for row in order[start : start + batch_size]]
-            last = torch.tensor([len(prompt) - 1 for prompt in batch])
-            # Padding on the right changes nothing before it.
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            mask = torch.arange(ids.shape[1]) <= last[:, None]
+            rows = order[start : start + batch_size]
+            shared = min(common_prefix(prompts[rows[0]], prompts[row][:-1]) for row in rows)
+            rest = [torch.tensor(prompts[row][shared:]) for row in rows]
+            last = torch.tensor([len(tokens) - 1 for tokens in rest])
             with torch.inference_mode():
-                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=1)
+                cache = None
+                if shared:
+                    prefix = torch.tensor([prompts[rows[0]][:shared]], device=model.device)
+                    cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+                    cache.batch_repeat_interleave(len(rows))
+                # Padding on the right changes nothing before it.
+                ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True).to(model.device)
+                mask = torch.arange(shared + ids.shape[1]) <= shared + last[:, None]
+                model(input_ids=ids, attention_mask=mask.to(model.device), past_key_values=cache, logits_to_keep=1)
+            for layer, hidden in taken.items():
+                found[layer][rows] = hidden[torch.arange(len(rows)), last].float().cpu()
     finally:
         for hook in hooks:
             hook.remove()

@@ -44,7 +44,7 @@ class Args(steps.GenerateArgs):
     model: str = cli.flag("pocket", "the student")
     method: list[str] = cli.flag(
         ["base", "merged"],
-        "base, prompted, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter",
+        "base, prompted, steered, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter",
     )
     adapter: str | None = cli.flag(
         None, "a LoRA adapter: a folder, or org/name[/subfolder][@revision] on the hub (default: the method's own)"
@@ -123,7 +123,8 @@ def job(args: Args, model: Model, voice: trained.Voice, condition: Condition, in
             {"role": "system", "content": system(row)},
             {"role": "user", "content": row["prompt"]},
         ]
-        reply = await engine.reply(conversation, replace(sampling, seed=int(row["id"], 16)), adapter=voice.adapter)
+        seeded = replace(sampling, seed=int(row["id"], 16))
+        reply = await engine.reply(conversation, seeded, adapter=voice.adapter, steering=voice.steering)
         return reply.row()
 
     rows = Rows(path_of(model.short, voice.method, condition, voice.name), inputs, settings, args.overwrite)
@@ -142,7 +143,7 @@ def main(args: Args) -> None:
     inputs = offers(traits, prompts.load(source, number), number, args.seed)
     speakers = trained.voices(args, model)
     jobs = [job(args, model, voice, condition, inputs) for voice in speakers for condition in args.condition]
-    steps.generate(jobs, args, model, [voice.adapter for voice in speakers if voice.adapter])
+    trained.generate(jobs, args, model, speakers)
 
 
 if __name__ == "__main__":

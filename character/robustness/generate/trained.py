@@ -7,6 +7,7 @@ python -m character.robustness.generate.trained --method mine --adapter path/to/
 python -m character.robustness.generate.trained --method theirs --adapter org/name --model llama-3.1-8b-it
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from character import cli, constitution, steps
 from character.constants import LORA_PATH
 from character.distillation import teacher
+from character.engine import Steering, choose
 from character.engine.base import adapter_config, find_adapter
 from character.models import Model, safe_name
-from character.robustness.generate import variants
+from character.robustness.generate import steered, variants
 from character.rows import file_digest, is_planned
 from character.utils import UserError
 
@@ -49,16 +51,19 @@ def adapter_of(given: str | None, method: str, name: str, model: Model) -> Path:
 
 @dataclass(frozen=True)
 class Voice:
-    """Who answers: a method's model for a persona ('none' for base), with its system prompt or adapter."""
+    """Who answers: a method's model for a persona ('none' for base), with its system prompt, adapter or steering."""
 
     method: str
     name: str
     system: str = ""
     adapter: Path | None = None
+    steering: Steering | None = None
 
     @property
-    def settings(self) -> dict[str, str | None]:
+    def settings(self) -> dict[str, str | float | None]:
         """What an output file's settings remember of the weights that were added to the model's."""
+        if self.steering:
+            return steered.settings_of(self.steering)
         return {"adapter": file_digest(self.adapter / "adapter_model.safetensors")} if self.adapter else {}
 
 
@@ -73,10 +78,20 @@ def voices(args: Any, model: Model) -> list[Voice]:
         elif method == "prompted":
             for traits in constitution.load_selected(args.constitution):
                 found.append(Voice(method, traits.name, system=teacher.system_prompt(traits, model)))
+        elif method == "steered":
+            choose(args.engine, args.base_url, steered=True)
+            for name in constitution.selected(args.constitution):
+                found.append(Voice(method, name, steering=steered.steering_of(model.short, name)))
         else:
             for name in constitution.selected(args.constitution):
                 found.append(Voice(method, name, adapter=adapter_of(args.adapter, method, name, model)))
     return found
+
+
+def generate(jobs: Sequence[steps.Job], args: Any, model: Model, speakers: Sequence[Voice]) -> None:
+    """Finish every job with one engine that has what the voices need. Raises UserError."""
+    adapters = [voice.adapter for voice in speakers if voice.adapter]
+    steps.generate(jobs, args, model, adapters, steered=any(voice.steering for voice in speakers))
 
 
 def main(args: Args) -> None:
@@ -85,8 +100,9 @@ def main(args: Args) -> None:
     speakers = voices(args, model)
     jobs: list[steps.Job] = []
     for voice in speakers:
-        jobs += variants.jobs(args, model, voice.method, voice.name, voice.system, voice.adapter, voice.settings)
-    steps.generate(jobs, args, model, [voice.adapter for voice in speakers if voice.adapter])
+        how = voice.system, voice.adapter, voice.settings, voice.steering
+        jobs += variants.jobs(args, model, voice.method, voice.name, *how)
+    generate(jobs, args, model, speakers)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from typing import Any
 
 from character import cli, prompts, steps
 from character.constants import DATA_PATH
-from character.engine import Message
-from character.engine.base import Engine
+from character.engine import Engine, Message, Steering
 from character.models import Model, safe_name
 from character.rows import Row, Rows
 from character.utils import digest
@@ -64,6 +63,7 @@ def jobs(
     system: str = "",
     adapter: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    steering: Steering | None = None,
 ) -> list[steps.Job]:
     """One output file per variant: the method's answers to the evaluation's prompts."""
     source = args.prompts or prompts.default_source(model.short, "test")
@@ -75,7 +75,8 @@ def jobs(
         conversation: list[Message] = [{"role": "user", "content": row["message"]}]
         if system:
             conversation.insert(0, {"role": "system", "content": system})
-        reply = await engine.reply(conversation, replace(sampling, seed=int(row["id"], 16)), adapter=adapter)
+        seeded = replace(sampling, seed=int(row["id"], 16))
+        reply = await engine.reply(conversation, seeded, adapter=adapter, steering=steering)
         return reply.row()
 
     found = []

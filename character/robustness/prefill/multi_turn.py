@@ -30,7 +30,7 @@ class Args(variants.MessageArgs):
 
     method: list[str] = cli.flag(
         ["distilled"],
-        "base, prompted, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter",
+        "base, prompted, steered, distilled (DPO), merged or sequential (DPO + introspection), or a name for --adapter",
     )
     adapter: str | None = cli.flag(
         None, "a LoRA adapter: a folder, or org/name[/subfolder][@revision] on the hub (default: the method's own)"
@@ -65,7 +65,7 @@ def job(
                 {"role": "user", "content": KEEP_GOING},
             ]
             chosen = replace(sampling, seed=seed + turn)
-            replies.append(await engine.reply(conversation, chosen, adapter=voice.adapter))
+            replies.append(await engine.reply(conversation, chosen, adapter=voice.adapter, steering=voice.steering))
         said = [reply.row() for reply in replies]
         tokens: Counter[str] = Counter()
         for part in said:
@@ -89,7 +89,7 @@ def main(args: Args) -> None:
     first: dict[str, asyncio.Task[Reply]] = {}
     speakers = trained.voices(args, model)
     jobs = [job(args, voice, model, messages, first) for voice in speakers]
-    steps.generate(jobs, args, model, [voice.adapter for voice in speakers if voice.adapter])
+    trained.generate(jobs, args, model, speakers)
 
 
 if __name__ == "__main__":
