@@ -248,10 +248,11 @@ def text_of(results: dict[str, Any]) -> str:
     lines = [
         "# What introspection adds on the bundled model",
         "",
-        f"`{results['command']}`, {results['machine']}, {results['seconds']:.0f} s. Shares of answers that read as the "
-        f"persona, in per cent: the mean of {results['seeds']} seeds with Student's 95 % interval between seeds, then in "
-        "brackets the 95 % Wilson interval of all seeds' answers taken together, which knows nothing of the seeds. Each "
-        "seed has its own teacher and student answers, training and sampling; what is shared within a seed is made once.",
+        f"`{results['command']}`, {results['machine']}, {results['seconds']:.0f} s since it was last started. Shares of "
+        f"answers that read as the persona, in per cent: the mean of the seeds ({results['seeds']}), with Student's 95 % "
+        "interval between them where there are several, then in brackets the 95 % Wilson interval of all seeds' answers "
+        "taken together, which knows nothing of the seeds. Each seed has its own teacher and student answers, training and "
+        "sampling; what is shared within a seed is made once.",
         "",
         "Training rows of SFT per seed: "
         + "; ".join(f"{source} {', '.join(map(str, counts))}" for source, counts in results["rows"].items())
