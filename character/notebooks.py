@@ -6,6 +6,7 @@
 A notebook reads what it is about by `os.environ.get("NAME", "default")`, so that it also runs as it is.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -45,14 +46,36 @@ def execute(path: Path, environment: Mapping[str, str]) -> Any:
             transport="ipc",
             connection_file=f"{folder}/kernel.json",
         )
-        client = NotebookClient(notebook, km=manager, resources={"metadata": {"path": str(ROOT)}})
+        resources = {"metadata": {"path": str(ROOT)}}
+        client = NotebookClient(notebook, km=manager, resources=resources, record_timing=False)
         try:
-            client.execute(cleanup_kc=True, env=os.environ | environment)
+            asyncio.run(_run(client, os.environ | environment))
         except CellExecutionError as error:
             if error.ename != "UserError":
                 raise
             raise UserError(error.evalue) from None
     return notebook
+
+
+async def _run(client: Any, environment: Mapping[str, str]) -> None:
+    """Start the client's kernel, run every cell, and stop the kernel, on Ctrl-C too."""
+    from nbclient.exceptions import DeadKernelError
+
+    await client.async_start_new_kernel(env=environment)
+    try:
+        await client.async_start_new_kernel_client()
+        for index, cell in enumerate(client.nb.cells):
+            await client.async_execute_cell(cell, index)
+    except DeadKernelError:
+        # Also what nbclient makes of Ctrl-C.
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise asyncio.CancelledError from None
+        raise UserError("the notebook's kernel died, perhaps for want of memory; run the same command again") from None
+    finally:
+        await client.km.shutdown_kernel(now=True)
+        if client.kc:
+            client.kc.stop_channels()
 
 
 def write_html(notebook: Any, path: Path, title: str) -> None:

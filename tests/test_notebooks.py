@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_error_in_a_cell(tmp_path: Path) -> None:
         notebooks.execute(wrong, {})
     with pytest.raises(CellExecutionError, match=r"ZeroDivisionError"):
         notebooks.execute(make(tmp_path / "fault.ipynb", "1 / 0"), {})
+
+
+@pytest.mark.parametrize(
+    ("signal", "error", "message"),
+    [("SIGINT, os.getppid()", KeyboardInterrupt, "^$"), ("SIGKILL, os.getpid()", UserError, "kernel died")],
+    ids=["Ctrl-C", "killed"],
+)
+def test_kernel_that_ends_early_is_no_traceback(
+    signal: str, error: type[BaseException], message: str, tmp_path: Path
+) -> None:
+    number, whom = signal.split(", ")
+    source = f"import os, signal, time\nos.kill({whom}, signal.{number})\ntime.sleep(60)"
+    begun = time.monotonic()
+    with pytest.raises(error, match=message):
+        notebooks.execute(make(tmp_path / "in.ipynb", source), {})
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(ROOT)))
