@@ -59,12 +59,12 @@ class Look:
 LOOKS = (
     Look("#ededed", "", "o", ":", "#8c8c8c"),
     Look("#f6cf7d", "////", "s", "--", "#c98a1b"),
-    Look("#7fb5d9", "....", "^", "-.", "#5a9cc5"),
+    Look("#7fb5d9", "----", "^", "-.", "#5a9cc5"),
     Look("#c96f40", "\\\\\\\\", "v", (0, (6, 2)), "#bf5f2d"),
     Look("#2a6390", "", "D", "-", "#2a6390"),
     Look("#14304f", "", "P", (0, (4, 1, 1, 1, 1, 1)), "#14304f"),
     Look("#b5b5b5", "xxxx", "X", (0, (1, 1)), "#6b6b6b"),
-    Look("#6b6b6b", "oo", "*", (0, (3, 1)), "#444444"),
+    Look("#6b6b6b", "++", "*", (0, (3, 1)), "#444444"),
 )
 METHODS = {"base": 0, "prompted": 1, "steered": 2, "distilled": 3, "merged": 4, "sequential": 5}
 # The order in which other series take what the methods beside them leave.

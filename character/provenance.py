@@ -15,7 +15,8 @@ from character.introspection import self_interaction, self_reflection
 from character.introspection import train as sft
 from character.models import Model, safe_name
 from character.preferences import preferences
-from character.robustness.generate import trained, variants
+from character.robustness.classify.run_classifier import METHODS
+from character.robustness.generate import steered, variants
 from character.robustness.prefill import multi_turn
 from character.training import META
 from character.utils import read_json
@@ -54,8 +55,8 @@ EVALUATIONS = {
 }
 # Settings that are digests of what a flag means.
 NO_FLAGS = ("model", "weights", "adapter")
-# A file of answers is made by this script, where its method has none of its own.
-SCRIPTS = {"prompted": "prompted", "steered": "steered"}
+# Methods whose answers are made by a script of their own.
+UNTRAINED = ("prompted", "steered")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def spec_of(model: Model) -> str:
 
 
 def stages(name: str, spec: str, model: Model, teacher_name: str) -> dict[str, Stage]:
-    """Title → step, of every step for a persona up to its answers, made or not. spec: the constitution, as `--constitution` takes it."""
+    """Title → step, of every step for a persona up to its answers, made or not.
+
+    spec: the constitution, as `--constitution` takes it.
+    """
     one = {"constitution": spec, "model": spec_of(model)}
     by_teacher = {"teacher": teacher_name}
     short = model.short
@@ -189,8 +193,13 @@ def stages(name: str, spec: str, model: Model, teacher_name: str) -> dict[str, S
         merge("personas"),
         merge("sequential", sequential=True, weights=None),
     ]  # fmt: skip
-    usual = ("base", "prompted", "merged")
-    found += [answers(name, one, short, method) for method in dict.fromkeys([*usual, *methods(short, name)])]
+    vector = steered.vector_path(short, name)
+    if vector.exists():
+        found.append(rows("control vector", "robustness/generate/steered", vector, one | by_teacher))
+    usual = ("base", "prompted", "steered", "merged")
+    found += [
+        answers(name, one | by_teacher, short, method) for method in dict.fromkeys([*usual, *methods(short, name)])
+    ]
     found.append(voices("prefill", one, short, name, "robustness", multi_turn.PREFILL))
     found += [voices("preferences", one, short, name, "preferences", kind) for kind in preferences.CONDITIONS]
     return {stage.title: stage for stage in found}
@@ -213,11 +222,13 @@ def capabilities_path(student_name: str) -> Path:
 
 def methods(student_name: str, name: str, evaluation: str = "robustness", variant: str = variants.PLAIN) -> list[str]:
     """The methods that a persona has answers by, the base model among them, the known ones first."""
-    known = ["base", "prompted", "steered", *trained.FOLDERS]
     folder = DATA_PATH / evaluation / safe_name(student_name)
-    others = sorted(path.name for path in folder.glob("*") if path.is_dir() and path.name not in known)
-    there = (answers_path(student_name, method, name, variant, evaluation).exists() for method in [*known, *others])
-    return [method for method, exists in zip([*known, *others], there, strict=True) if exists]
+    others = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    return [
+        method
+        for method in dict.fromkeys([*METHODS, *others])
+        if answers_path(student_name, method, name, variant, evaluation).exists()
+    ]
 
 
 def answers_path(
@@ -230,13 +241,13 @@ def answers_path(
 
 def answers(name: str, one: Mapping[str, Any], student_name: str, method: str) -> Stage:
     """The step that made a method's answers to the evaluation's messages."""
-    script = SCRIPTS.get(method, "trained")
+    script = method if method in UNTRAINED else "trained"
     flags = dict(one)
     if answers_path(student_name, method, name, variants.GROUPS["held-out"][0]).exists():
         flags["held_out"] = True
     if script == "trained":
         flags["method"] = [method]
-    if method not in ("base", *SCRIPTS, *trained.FOLDERS):
+    if method not in METHODS:
         flags["adapter"] = "ADAPTER"
     file = answers_path(student_name, method, name)
     script = f"character/robustness/generate/{script}.py"

@@ -31,7 +31,6 @@ from character.utils import UserError, read_json, read_jsonl
 
 # The trained method that transcripts and the summary show: the first of these with answers, else any other.
 TRAINED = ("merged", "distilled", "sequential")
-UNTRAINED = ("base", "prompted", "steered")
 # Messages in the open, and behind a click.
 SHOWN, MORE = 3, 17
 # The paper's figures for an evaluation, and what they are.
@@ -77,7 +76,23 @@ class Run:
     def after(self) -> str | None:
         """The trained method that stands for the persona; None where none has answers."""
         there = provenance.methods(self.model.short, self.name)
-        return next((method for method in (*TRAINED, *there) if method in there and method not in UNTRAINED), None)
+        return next(
+            (
+                method
+                for method in (*TRAINED, *there)
+                if method in there and method not in ("base", *provenance.UNTRAINED)
+            ),
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What the index page is about: several personas on one student."""
+
+    model: Model
+    runs: list[Run]
+    evaluations: dict[str, provenance.Stage]
 
 
 def load(model: str, spec: str, teacher: str = "") -> Run:
@@ -94,12 +109,12 @@ def heading(run: Run) -> Any:
     facts = [f"student {run.model.short}", f"teacher {run.teacher}"]
     made = [stage.meta for stage in run.stages.values() if stage.made]
     if made:
-        seeds = {str(meta["settings"]["seed"]) for meta in made if "seed" in meta["settings"]}
-        facts += [f"seed {', '.join(sorted(seeds))}", max(str(meta.get("written", "")) for meta in made)[:10]]
+        used = sorted({str(meta["settings"]["seed"]) for meta in made if "seed" in meta["settings"]})
+        facts += [f"seed {', '.join(used)}", max(str(meta.get("written", "")) for meta in made)[:10]]
     return _title(run, run.name, facts)
 
 
-def _title(about: "Run | Overview", title: str, facts: list[str]) -> Any:
+def _title(about: Run | Overview, title: str, facts: list[str]) -> Any:
     notes = [BUNDLED] if about.model.short == "pocket" else []
     stand_ins = [kind for kind, stage in about.evaluations.items() if (stage.results or {}).get("stand_in")]
     if stand_ins:
@@ -114,16 +129,16 @@ def _title(about: "Run | Overview", title: str, facts: list[str]) -> Any:
 def summary(run: Run) -> Any:
     """The figures to quote: how often answers read as the persona, before, after, and with the persona as a prompt."""
     results = run.evaluations["robustness"].results
-    if results is None or run.after is None:
+    if results is None:
         return _missing(run.evaluations["robustness"])
-    wanted = [
+    shown = [
         ("base", "plain", "before training"),
         (run.after, "plain", "after training"),
         (run.after, "suffixes", "after training, told to stop role-playing"),
         ("prompted", "suffixes", "untrained, the constitution as system prompt, told to stop"),
     ]
     boxes = ""
-    for method, group, label in wanted:
+    for method, group, label in shown:
         cell = results["methods"].get(method, {}).get(group)
         if cell:
             interval = f"{cell['low']:.1%} to {cell['high']:.1%}, {cell['n']} answers"
@@ -208,7 +223,7 @@ def _published(value: float | tuple[float, float]) -> str:
     return f"{value[0]:.1%} ± {value[1]:.1%}" if isinstance(value, tuple) else f"{value:.2f}"
 
 
-def robustness_figure(about: "Run | Overview") -> Any:
+def robustness_figure(about: Run | Overview) -> Any:
     """Shares or macro-F1, with the paper's macro-F1 as marks where the student is one of its own."""
     results = about.evaluations["robustness"].results
     if results is None:
@@ -216,7 +231,7 @@ def robustness_figure(about: "Run | Overview") -> Any:
     return run_classifier.draw(results, paper.SUFFIX_F1.get(about.model.short), "the paper's macro-F1, 11 personas")
 
 
-def between_runs(about: "Run | Overview") -> Any:
+def between_runs(about: Run | Overview) -> Any:
     """Means over runs with several seeds, and their intervals between runs."""
     file = seeds.path_of(about.model.short)
     if not file.exists():
@@ -230,7 +245,7 @@ def between_runs(about: "Run | Overview") -> Any:
     return _html(_table(table) + note)
 
 
-def capabilities(about: "Run | Overview") -> Any:
+def capabilities(about: Run | Overview) -> Any:
     """What lighteval measured of the personas, with the differences to the base and their standard errors."""
     import pandas as pd
 
@@ -313,22 +328,13 @@ def settings(run: Run) -> Any:
     for stage in [*run.stages.values(), *run.evaluations.values()]:
         if stage.made:
             meta = stage.meta
-            more = {key: meta[key] for key in ("git", "written", "versions") if meta.get(key)}
+            more = {key: meta[key] for key in ("layers", "strength", "git", "written", "versions") if meta.get(key)}
             facts = {"file": provenance.short_path(stage.file), **meta["settings"], **more}
             lines = "".join(
                 f"<tr><th>{_text(key)}</th><td>{_text(_plain(value))}</td></tr>" for key, value in facts.items()
             )
             parts += f"<details><summary>{_text(stage.title)}</summary><table>{lines}</table></details>"
     return _html(parts)
-
-
-@dataclass(frozen=True)
-class Overview:
-    """What the index page is about: several personas on one student."""
-
-    model: Model
-    runs: list[Run]
-    evaluations: dict[str, provenance.Stage]
 
 
 def overview(model: str, specs: str, teacher: str = "") -> Overview:
@@ -413,12 +419,12 @@ def wanted(args: Args) -> dict[str, Run]:
         str(Path(spec).expanduser().resolve()) if Path(spec).suffix in constitution.SUFFIXES else spec for spec in specs
     ]
     runs = {spec: load(provenance.spec_of(model), spec, args.teacher or "") for spec in specs}
+    # Every persona's answers by the teacher train the classifier of any one.
+    common = ["answers: base", *(["teacher's answers"] if args.constitution == "all" else [])]
     there = {
         spec: run
         for spec, run in runs.items()
-        if any(
-            stage.made for title, stage in [*run.stages.items(), *run.evaluations.items()] if title != "answers: base"
-        )
+        if any(stage.made for stage in [*run.stages.values(), *run.evaluations.values()] if stage.title not in common)
     }
     missing = [spec for spec in specs if spec not in there and args.constitution != "all"]
     if missing or not there:

@@ -1,5 +1,6 @@
 """Figures: intervals reach where they should, what was not measured says so, and series are told apart in grey."""
 
+import io
 import itertools
 import math
 
@@ -62,6 +63,14 @@ def test_bars_have_their_values_their_intervals_and_say_what_is_missing() -> Non
     assert [label.get_text() for label in axes.get_xticklabels()] == ["plain", "suffixes"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "DPO + introspection"]
     assert axes.get_ylim()[1] > 1
+
+
+def test_hatches_are_lines_since_dots_make_a_large_file() -> None:
+    assert len({look.hatch for look in figures.LOOKS}) == 6
+    shares = {name: {"plain": 0.5} for name in [*figures.METHODS, "mine", "yours"]}
+    file = io.StringIO()
+    figures.bars(shares, "share").savefig(file, format="svg")
+    assert len(file.getvalue()) < 100_000
 
 
 def test_marks_stand_on_their_bar_and_last_in_the_legend() -> None:
