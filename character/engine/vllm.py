@@ -14,15 +14,17 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
+from character.engine.steering import MARK
 from character.models import Model
 from character.rows import RowError
 from character.utils import UserError, versions
+from repeng import ControlVector
 
 KNOWN_TO_WORK = "0.26 to 0.29"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,21 +37,21 @@ LARGE_GPU = 70e9
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
 # GiB for keys and values; and no compiler is needed, nor half a minute of compiling before the first sample.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "TORCH_COMPILE_DISABLE": "1"}
+# The model runner that tells which request each token of a batch belongs to.
+STEERED_DEFAULTS = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 ERROR = re.compile(r"(?:^|[\]\s])((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)")
 DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
 HARMLESS = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
 # Exceptions that only pass on another process's.
 ECHOES = re.compile(r"CalledProcessError|Error raised in subprocess")
-# In place of a steering, while vLLM's processes change it.
-CHANGING = object()
 OUT_OF_MEMORY = "as when the system runs out of memory"
 
 
 class VLLMEngine(Engine):
     """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start.
 
-    steered: whether replies may ask for steering. Those that ask for another one wait until no reply is under way.
+    steered: whether replies may ask for steering.
     """
 
     concurrency = 64
@@ -59,11 +61,8 @@ class VLLMEngine(Engine):
         self.seed = seed
         self.adapters = list(dict.fromkeys(adapters))
         self.steered = steered
-        self._steering: Steering | object | None = None
-        self._under_way = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._changing = asyncio.Lock()
+        # The numbers under which vLLM's processes know the steerings, once they do.
+        self._steerings: dict[Steering, asyncio.Task[int]] = {}
         self._llm: Any = None
         self._log: Path | None = None
         self._log_start = 0
@@ -155,6 +154,7 @@ class VLLMEngine(Engine):
                 "max_cpu_loras": max(len(self.adapters), slots),
             }
         if self.steered:
+            _set_defaults(STEERED_DEFAULTS)
             settings |= {"enforce_eager": True, "worker_extension_cls": "character.engine.steering.SteeredWorker"}
         # A quarter more than fits, so that a finished reply's place is taken at once.
         self.concurrency = sequences * replicas * 5 // 4
@@ -238,21 +238,18 @@ class VLLMEngine(Engine):
             output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
         )
         inputs = TokensPrompt(prompt_token_ids=prompt.ids)
-        if steering is not None:
-            # What the prefix cache holds was computed with one vector and strength, and is reused with these alone.
-            inputs["cache_salt"] = f"{steering.strength} {steering.vector}"
+        name = str(next(self._numbers))
         try:
-            async with self._steered(steering):
-                outputs = self._llm.generate(
-                    inputs,
-                    parameters,
-                    str(next(self._numbers)),
-                    lora_request=self._loras[adapter] if adapter is not None else None,
-                )
-                async for output in outputs:
-                    last = output
-                    if pieces:
-                        pieces.update(self._text(output.outputs[0]))
+            if steering is not None:
+                mark = f"{MARK}{await self._steering(steering)}"
+                name += mark
+                # What the prefix cache holds was computed with one steering, and is reused with this one alone.
+                inputs["cache_salt"] = mark
+            lora = self._loras[adapter] if adapter is not None else None
+            async for output in self._llm.generate(inputs, parameters, name, lora_request=lora):
+                last = output
+                if pieces:
+                    pieces.update(self._text(output.outputs[0]))
         except EngineDeadError as error:
             raise UserError(self._explained("stopped", error)) from None
         except EngineGenerateError as error:
@@ -263,45 +260,28 @@ class VLLMEngine(Engine):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
 
-    @contextlib.asynccontextmanager
-    async def _steered(self, steering: Steering | None) -> AsyncIterator[None]:
-        """Within the block the model steers so. Waits until no reply that wants it otherwise is under way."""
-        while self._steering != steering:
-            await self._idle.wait()
-            async with self._changing:
-                # Another reply may have been first.
-                if self._idle.is_set() and self._steering != steering:
-                    self._steering = CHANGING
-                    await self._steer(steering)
-                    self._steering = steering
-        self._under_way += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+    async def _steering(self, steering: Steering) -> int:
+        """The number of a steering, which vLLM's processes learn at its first use. Raises UserError."""
+        if steering not in self._steerings:
+            number = len(self._steerings) + 1
+            self._steerings[steering] = asyncio.create_task(self._learn(number, steering))
+        # A reply that is cancelled must not take the others' number with it.
+        return await asyncio.shield(self._steerings[steering])
 
-    async def _steer(self, steering: Steering | None) -> None:
-        """Have vLLM's processes steer from now on. Raises UserError where the vector is not this model's."""
+    async def _learn(self, number: int, steering: Steering) -> int:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        path, strength = None, 0.0
-        if steering is not None:
-            from repeng import ControlVector
-
-            ControlVector.load(steering.vector).check(*self._shape, self.model.source)
-            path, strength = str(steering.vector), steering.strength
+        ControlVector.load(steering.vector).check(*self._shape, self.model.source)
+        call = self._llm.collective_rpc("steer", args=(number, str(steering.vector), steering.strength))
+        # As a value, since vLLM passes on what its other process raised as a bare Exception.
         outcome: object
-        [outcome] = await asyncio.gather(
-            self._llm.collective_rpc("steer", args=(path, strength)), return_exceptions=True
-        )
+        [outcome] = await asyncio.gather(call, return_exceptions=True)
         if isinstance(outcome, EngineDeadError):
             raise outcome
         if isinstance(outcome, Exception):
             self._skip_log()
             raise UserError(f"vLLM cannot steer {self.model.source}: {_short(str(outcome))}; use --engine transformers")
+        return number
 
     def _text(self, completion: Any) -> str:
         # The token that ends a turn need not be among the special ones.

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from character.engine import Sampling
+from character.engine.steering import MARK, number_in
 from character.engine.vllm import VLLMEngine, _cause, _output_to, _rank, _short, layout, weights_folder
 from character.models import Model
 from character.utils import UserError
@@ -102,6 +103,11 @@ def test_a_validation_error_becomes_one_line() -> None:
     error = "1 validation error for ModelConfig\n  Value error, No such thing. [type=value_error, input={}]\n    See"
     assert _short(error) == "No such thing"
     assert len(_short("word " * 200)) <= 300
+
+
+def test_a_steerings_number_is_read_off_a_requests_id() -> None:
+    assert number_in(f"17{MARK}3-ab12cd34") == number_in(f"17{MARK}3") == 3
+    assert number_in("17-ab12cd34") == number_in("17") == 0
 
 
 def test_output_goes_to_the_log_and_stays_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
