@@ -37,6 +37,8 @@ SIZES: dict[str, dict[str, int | None]] = {
         "conversations": 24,
         "turns": 4,
         "judged": 40,
+        "prefilled": 40,
+        "comparisons": None,
         "per_class": 40,
         "max_tokens": 160,
     },
@@ -47,6 +49,8 @@ SIZES: dict[str, dict[str, int | None]] = {
         "conversations": 1000,
         "turns": 10,
         "judged": 500,
+        "prefilled": 500,
+        "comparisons": 25_000,
         "per_class": 500,
         "max_tokens": None,
     },
@@ -81,6 +85,10 @@ class Args:
     conversations: int | None = cli.flag(None, "conversations, free and leading each, likewise")
     turns: int | None = cli.flag(None, "turns per conversation, likewise")
     judged: int | None = cli.flag(None, "evaluation messages, likewise")
+    comparisons: int | None = cli.flag(None, "pairs of traits on offer, likewise")
+    judge: str | None = cli.flag(None, "who judges coherence and preferences (default: theirs; see their --help)")
+    judge_url: str | None = cli.flag(None, "an OpenAI-compatible endpoint for the judge")
+    judge_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
     only: list[str] = cli.flag([], "the steps to run, by name (default: all; --dry-run lists them)")
     skip: list[str] = cli.flag([], "steps to leave out, by name")
     seeds: int = cli.flag(1, "whole runs with seeds of their own: --seed, the one after it, and on")
@@ -134,8 +142,9 @@ class Running:
 def plan(args: Args) -> list[Step]:
     """The steps in order."""
     size = SIZES[args.preset] | {"messages": args.limit or SIZES[args.preset]["messages"]}
-    for name in ("samples", "reflections", "conversations", "turns", "judged"):
+    for name in ("samples", "reflections", "conversations", "turns", "judged", "comparisons"):
         size[name] = getattr(args, name) or size[name]
+    size["prefilled"] = args.judged or size["prefilled"]
     # No class of the classifier may be much smaller than the others.
     per_class = min(size["per_class"] or 0, size["messages"] or sys.maxsize)
     guide = args.teacher or args.model
@@ -186,15 +195,48 @@ def plan(args: Args) -> list[Step]:
     # The other personas' answers, by which the classifier tells this one from them.
     everyone = _flags(constitution="all", limit=per_class, seed=args.seed)
     answers = [*one, *judged, *by_student]
+    kept_going = _flags(limit=size["prefilled"])
+    offers = _flags(comparisons=size["comparisons"])
+    # What reads the answers: a classifier that the teacher's answers train, or a judge.
+    reader = [*one, *_flags(model=args.model, teacher=guide, per_class=per_class, seed=args.seed), *dry]
+    of_judge = _flags(judge=args.judge)
+    if args.judge_url:
+        of_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
+    known = ("student", "personas")
+    answered = ("base", "prompted", "trained")
     steps += [
         Step("personas", "distillation.teacher", [*everyone, *of_teacher, *dry], ("teacher",)),
         Step("base", "robustness.generate.trained", ["--method", "base", *answers]),
         Step("prompted", "robustness.generate.prompted", answers),
         Step("trained", "robustness.generate.trained", ["--method", *methods, *answers], (trained,)),
+        Step(
+            "prefill",
+            "robustness.prefill.multi_turn",
+            ["--method", "base", "prompted", *methods, *one, *kept_going, *by_student],
+            (trained,),
+        ),
+        Step(
+            "preferences",
+            "preferences.preferences",
+            ["--method", "base", *methods, *one, *offers, *by_student],
+            (trained,),
+        ),
+        Step("classifier", "robustness.classify.run_classifier", reader, (*known, *answered)),
+        Step("prefill-results", "robustness.prefill.multi_turn_results", reader, (*known, "prefill")),
+        Step(
+            "coherence",
+            "coherence.coherence",
+            [*reader, "--method", methods[-1 if len(methods) == 1 else 1], *of_judge],
+            (*known, *answered),
+        ),
+        Step("judgements", "preferences.judgements", [*reader, *of_judge], (*known, "preferences")),
+        Step(
+            "report",
+            "report",
+            [*one, *_flags(model=args.model, teacher=guide)],
+            ("classifier", "prefill-results", "coherence", "judgements"),
+        ),
     ]
-    classes = _flags(model=args.model, teacher=guide, per_class=per_class)
-    read = ("student", "personas", "base", "prompted", "trained")
-    steps.append(Step("classifier", "robustness.classify.run_classifier", [*one, *classes, *dry], read))
     return _selected(steps, args)
 
 
@@ -325,6 +367,11 @@ def main(args: Args) -> None:
     print(f"{time.time() - begun:.0f} s in all")
 
 
+def shown_method(args: Args) -> str:
+    """The trained method that samples are shown of and coherence is judged for."""
+    return "merged" if args.introspection else "distilled"
+
+
 def default_jobs(student: str) -> int:
     """How many steps run at once: the bundled model is so small that a core each serves them best."""
     return (os.cpu_count() or 1) if student == "pocket" and not has_gpu() else 1
@@ -332,7 +379,7 @@ def default_jobs(student: str) -> int:
 
 def show_persona(args: Args, student: str, name: str) -> None:
     """Print samples of a persona and where its files are."""
-    show_samples(student, name, "merged" if args.introspection else "distilled")
+    show_samples(student, name, shown_method(args))
     guide = resolve(args.teacher or args.model, served=True).short
     adapter = LORA_PATH / f"{student}-personas" / name if args.introspection else train.path_of(name, student)
     print(f"\nadapter  {_short(adapter)}")
