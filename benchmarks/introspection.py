@@ -9,13 +9,14 @@ Teacher, student, DPO and the persona's own words are made once per seed and sha
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
+
+from tasks import Task, machine, run_tasks
 
 from character import cli, constitution, rows, run
 from character.constants import ROOT
@@ -60,16 +61,6 @@ class Args:
     judged: int | None = cli.flag(None, "evaluation messages, likewise")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One command. needs: the names of the tasks whose files it reads. places: its DATA_PATH and LORA_PATH are there."""
-
-    name: str
-    command: tuple[str, ...]
-    places: Path
-    needs: tuple[str, ...]
-
-
 def plan(args: Args) -> list[Task]:
     """Every command of every seed, those that others wait for first."""
     chains = [tasks_of(args, seed) for seed in range(args.seed, args.seed + args.seeds)]
@@ -89,7 +80,8 @@ def tasks_of(args: Args, seed: int) -> list[Task]:
     def add(name: str, step: str, flags: Sequence[str], needs: Sequence[str], places: Path = home) -> None:
         command = (sys.executable, str(ROOT / steps[step].script), *steps[step].flags, *flags)
         told = tuple(need if "/" in need else f"{seed}/{need}" for need in needs)
-        tasks.append(Task(f"{seed}/{name}", command, places, told))
+        places_of = (("DATA_PATH", str(places / "data")), ("LORA_PATH", str(places / "loras")))
+        tasks.append(Task(f"{seed}/{name}", command, places_of, told))
 
     def answer(method: str, name: str, adapter: Path, needs: str) -> None:
         flags = ["--constitution", name, "--method", method, "--adapter", str(adapter)]
@@ -145,44 +137,6 @@ def lay_out(args: Args) -> None:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.is_symlink():
                     link.symlink_to(target.resolve(), target_is_directory=True)
-
-
-def run_tasks(tasks: Sequence[Task], work: Path, jobs: int) -> None:
-    """Run every task, up to `jobs` at once, as soon as those it needs are done. Raises UserError for the first failure."""
-    waiting, done = list(tasks), set[str]()
-    running: dict[Task, tuple[subprocess.Popen[bytes], float]] = {}
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    try:
-        while waiting or running:
-            for task in [task for task in waiting if done.issuperset(task.needs)][: jobs - len(running)]:
-                waiting.remove(task)
-                places = {
-                    name: str(task.places / folder) for name, folder in (("DATA_PATH", "data"), ("LORA_PATH", "loras"))
-                }
-                environment = {"OMP_NUM_THREADS": threads, **os.environ, **places, "PYTHONPATH": str(ROOT)}
-                with open(log_of(work, task), "wb") as log:
-                    process = subprocess.Popen(task.command, env=environment, stdout=log, stderr=log)
-                running[task] = process, time.monotonic()
-            ended = [task for task, (process, _) in running.items() if process.poll() is not None]
-            if not ended:
-                time.sleep(0.05)
-            for task in ended:
-                process, begun = running.pop(task)
-                if process.returncode:
-                    said = log_of(work, task).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                    raise UserError(f"{task.name} failed ({log_of(work, task)}): {said[-1] if said else 'no message'}")
-                done.add(task.name)
-                print(f"[{len(done)}/{len(tasks)}] {task.name}: {time.monotonic() - begun:.1f} s", flush=True)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.wait()
-
-
-def log_of(work: Path, task: Task) -> Path:
-    """Where a task's output is."""
-    return work / "logs" / f"{task.name.replace('/', '-').replace(' ', '-')}.log"
 
 
 def methods_of(args: Args) -> list[str]:
@@ -273,14 +227,6 @@ def shown(part: dict[str, Any]) -> str:
     if part["low"] is None:
         return f"{100 * part['mean']:.1f} {pooled}"
     return f"{100 * part['mean']:.1f} ± {50 * (part['high'] - part['low']):.1f} {pooled}"
-
-
-def machine() -> str:
-    """The processor's cores and the GPU that the steps use."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores, {gpu}"
 
 
 def main(args: Args) -> None:

@@ -1,26 +1,14 @@
 """benchmarks/introspection.py: its commands are ones that the steps know, they run in order, and its figures add up."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from scripts import load
 
 from character import cli
 from character.constants import ROOT
 from character.utils import UserError
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 benchmark = load(ROOT / "benchmarks" / "introspection.py")
 
@@ -72,14 +60,14 @@ def python(code: str) -> tuple[str, ...]:
 def test_tasks_run_in_order_and_the_first_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write = "import os; from pathlib import Path; Path(os.environ['DATA_PATH']).mkdir(parents=True)"
     read = "import os; assert os.path.isdir(os.environ['DATA_PATH'])"
-    first = benchmark.Task("1/write", python(write), tmp_path / "1", ())
-    second = benchmark.Task("1/read", python(read), tmp_path / "1", ("1/write",))
+    first = benchmark.Task("1/write", python(write), (("DATA_PATH", str(tmp_path / "1")),), ())
+    second = benchmark.Task("1/read", python(read), (("DATA_PATH", str(tmp_path / "1")),), ("1/write",))
     benchmark.run_tasks([second, first], tmp_path, 2)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/2] 1/write", "[2/2] 1/read"]
 
-    wrong = benchmark.Task("1/wrong", python("import sys; print('so'); sys.exit('error: no disk')"), tmp_path, ())
-    long = benchmark.Task("1/long", python("import time; time.sleep(60)"), tmp_path, ())
-    never = benchmark.Task("1/never", python(write), tmp_path / "never", ("1/wrong",))
+    wrong = benchmark.Task("1/wrong", python("import sys; print('so'); sys.exit('error: no disk')"), (), ())
+    long = benchmark.Task("1/long", python("import time; time.sleep(60)"), (), ())
+    never = benchmark.Task("1/never", python(write), (("DATA_PATH", str(tmp_path / "never")),), ("1/wrong",))
     with pytest.raises(UserError, match=r"1/wrong failed \(.*1-wrong\.log\): error: no disk"):
         benchmark.run_tasks([long, wrong, never], tmp_path, 2)
     assert not (tmp_path / "never").exists()
