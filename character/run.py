@@ -37,8 +37,9 @@ SIZES: dict[str, dict[str, int | None]] = {
         "conversations": 24,
         "turns": 4,
         "judged": 40,
+        "validation": 20,
         "prefilled": 40,
-        "comparisons": None,
+        "comparisons": 220,
         "per_class": 40,
         "max_tokens": 160,
     },
@@ -49,6 +50,7 @@ SIZES: dict[str, dict[str, int | None]] = {
         "conversations": 1000,
         "turns": 10,
         "judged": 500,
+        "validation": None,
         "prefilled": 500,
         "comparisons": 25_000,
         "per_class": 500,
@@ -197,17 +199,25 @@ def plan(args: Args) -> list[Step]:
     answers = [*one, *judged, *by_student]
     kept_going = _flags(limit=size["prefilled"])
     offers = _flags(comparisons=size["comparisons"])
+    conditions = _flags(condition="feel") if args.preset == "quick" else []
     # What reads the answers: a classifier that the teacher's answers train, or a judge.
-    reader = [*one, *_flags(model=args.model, teacher=guide, per_class=per_class, seed=args.seed), *dry]
+    by_teacher = _flags(teacher=guide, per_class=per_class)
+    reader = [*one, *by_teacher, *_flags(model=args.model, seed=args.seed), *dry]
     of_judge = _flags(judge=args.judge)
     if args.judge_url:
         of_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
     known = ("student", "personas")
-    answered = ("base", "prompted", "trained")
+    answered = ("base", "prompted", "steered", "trained")
     steps += [
         Step("personas", "distillation.teacher", [*everyone, *of_teacher, *dry], ("teacher",)),
         Step("base", "robustness.generate.trained", ["--method", "base", *answers]),
         Step("prompted", "robustness.generate.prompted", answers),
+        Step(
+            "steered",
+            "robustness.generate.steered",
+            [*answers, *by_teacher, *_flags(validation=size["validation"])],
+            known,
+        ),
         Step("trained", "robustness.generate.trained", ["--method", *methods, *answers], (trained,)),
         Step(
             "prefill",
@@ -218,7 +228,7 @@ def plan(args: Args) -> list[Step]:
         Step(
             "preferences",
             "preferences.preferences",
-            ["--method", "base", *methods, *one, *offers, *by_student],
+            ["--method", "base", shown_method(args), *conditions, *one, *offers, *by_student],
             (trained,),
         ),
         Step("classifier", "robustness.classify.run_classifier", reader, (*known, *answered)),
