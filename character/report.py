@@ -55,6 +55,7 @@ class Args:
     constitution: str = cli.flag("humor", "names or files of constitutions, with commas between, or 'all'")
     model: str = cli.flag("pocket", "the student: short name, repo id or folder")
     teacher: str | None = cli.flag(None, "the teacher (default: the one that the pairs were made with)")
+    dry_run: bool = cli.flag(False, "say which pages would be written")
 
 
 @dataclass(frozen=True)
@@ -445,6 +446,10 @@ def write(notebook: str, page: Path, title: str, environment: Mapping[str, str])
 
 def main(args: Args) -> None:
     """Write one page per persona, and an index of several."""
+    if args.dry_run:
+        for name in constitution.selected(args.constitution):
+            print(f"{path_of(resolve(args.model, served=True).short, name)}: a page")
+        return
     runs = wanted(args)
     model = next(iter(runs.values())).model
     common = {"STUDENT": provenance.spec_of(model), "TEACHER": args.teacher or ""}

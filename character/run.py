@@ -243,7 +243,7 @@ def plan(args: Args) -> list[Step]:
         Step(
             "report",
             "report",
-            [*one, *_flags(model=args.model, teacher=guide)],
+            [*one, *_flags(model=args.model, teacher=guide), *dry],
             ("classifier", "prefill-results", "coherence", "judgements"),
         ),
     ]
