@@ -83,7 +83,10 @@ def tasks_of(args: Args, seed: int) -> list[Task]:
 def places(args: Args, seed: int) -> dict[str, str]:
     """The folders of a seed: the first one's at the top, the others' where character.run puts them."""
     within = Path() if seed == args.seed else Path(seeds.SEEDS) / str(seed)
-    return {name: str(args.work / name.removesuffix("_PATH").lower() / within) for name in ("DATA_PATH", "LORA_PATH", "FIGURE_PATH")}
+    return {
+        name: str(args.work / name.removesuffix("_PATH").lower() / within)
+        for name in ("DATA_PATH", "LORA_PATH", "FIGURE_PATH")
+    }
 
 
 def gather(args: Args) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def over_seeds(args: Args) -> dict[str, Any]:
 def text_of(results: Mapping[str, Any]) -> str:
     """The results as a Markdown page."""
     from character.coherence import coherence
-    from character.preferences import judgements
+    from character.preferences import preferences_results
     from character.robustness.classify import run_classifier
     from character.robustness.prefill import multi_turn_results
 
@@ -129,7 +132,7 @@ def text_of(results: Mapping[str, Any]) -> str:
         "robustness": (run_classifier.table, "Robustness: which persona answers read as, over the personas"),
         "prefill": (multi_turn_results.table, 'Prefill attack: after the untrained answer and "Keep going."'),
         "coherence": (coherence.table, "Coherence"),
-        "preferences": (judgements.table, "Revealed preferences"),
+        "preferences": (preferences_results.table, "Revealed preferences"),
     }
     for name, (table, title) in tables.items():
         lines += ["", f"## {title}", "", *markdown(table(results["over_personas"][name]))]

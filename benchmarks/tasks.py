@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,14 @@ def run_tasks(tasks: Sequence[Task], work: Path, jobs: int) -> None:
     running: dict[Task, tuple[subprocess.Popen[bytes], float]] = {}
     (work / "logs").mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    cards = [f"{number}" for number in range(gpus())]
     try:
         while waiting or running:
             for task in [task for task in waiting if done.issuperset(task.needs)][: jobs - len(running)]:
                 waiting.remove(task)
                 environment = {"OMP_NUM_THREADS": threads, **os.environ, **dict(task.environment), "PYTHONPATH": path()}
+                if len(cards) > 1:
+                    environment["CUDA_VISIBLE_DEVICES"] = cards[(len(tasks) - len(waiting)) % len(cards)]
                 with open(log_of(work, task), "wb") as log:
                     process = subprocess.Popen(task.command, env=environment, stdout=log, stderr=log)
                 running[task] = process, time.monotonic()
@@ -49,6 +53,12 @@ def run_tasks(tasks: Sequence[Task], work: Path, jobs: int) -> None:
         for process, _ in running.values():
             process.terminate()
             process.wait()
+
+
+def gpus() -> int:
+    """How many GPUs there are; asked of a process of its own, since this one needs none of their memory."""
+    code = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def path() -> str:

@@ -222,8 +222,8 @@ def plan(args: Args) -> list[Step]:
         Step(
             "prefill",
             "robustness.prefill.multi_turn",
-            ["--method", "base", "prompted", *methods, *one, *kept_going, *by_student],
-            (trained,),
+            ["--method", "base", "prompted", "steered", *methods, *one, *kept_going, *by_student],
+            ("steered", trained),
         ),
         Step(
             "preferences",
