@@ -101,7 +101,7 @@ def gather(args: Args) -> dict[str, Any]:
         | {"prefill": read_json(data / "robustness" / STUDENT / f"{name}.prefill.json")}
         for name in constitution.selected(args.constitution)
     }
-    return {"over_personas": found, "personas": per_persona, "over_seeds": over_seeds(args)}
+    return {"over_personas": found, "personas": per_persona, "over_seeds": over_seeds(args) if args.seeds > 1 else None}
 
 
 def over_seeds(args: Args) -> dict[str, Any]:
@@ -141,14 +141,15 @@ def text_of(results: Mapping[str, Any]) -> str:
     lines += ["", "## Share of answers that read as the persona", ""]
     for name, parts in results["personas"].items():
         lines += [f"### {name}", "", *markdown(run_classifier.table(parts["robustness"])), ""]
-    lines += [
-        f"## {results['over_seeds']['runs']} seeds",
-        "",
-        "The mean share ± half of Student's 95 % interval between whole runs, each with its own teacher and student "
-        "answers, training and sampling.",
-        "",
-        *markdown(seeds.table(results["over_seeds"])),
-    ]
+    if results["over_seeds"]:
+        lines += [
+            f"## {results['over_seeds']['runs']} seeds",
+            "",
+            "The mean share ± half of Student's 95 % interval between whole runs, each with its own teacher and student "
+            "answers, training and sampling.",
+            "",
+            *markdown(seeds.table(results["over_seeds"])),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from character import constitution, models, steps
+from character.coherence import coherence
 from character.constants import ROOT
 from character.distillation import gen_prompts, teacher, train
 from character.engine.base import Message, Reply, Sampling
@@ -24,6 +25,9 @@ from character.engine.scripted import Scripted
 from character.introspection import data as introspection_data
 from character.introspection import self_interaction, self_reflection
 from character.models import Model, Reasoning
+from character.preferences import judgements, preferences
+from character.robustness.generate import variants
+from character.robustness.generate.trained import Voice
 
 SLOT = re.compile(r"(?<!\{)\{(\w+)\}(?!\})")
 TRAITS = constitution.Constitution(
@@ -128,6 +132,45 @@ def in_training_rows(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[str]:
     return [message["content"] for messages in found for message in messages]
 
 
+def worked(job: steps.Job, answer: str) -> list[str]:
+    """All that a job's rows send to the model."""
+    engine = Scripted(models.resolve("qwen-2.5-7b-it"), lambda *_: answer)
+
+    async def run() -> None:
+        for key, row in job.rows.inputs.items():
+            await job.work(engine, {"id": key, **row})
+
+    asyncio.run(run())
+    return [message["content"] for messages in engine.calls for message in messages]
+
+
+def by_coherence(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[str]:
+    monkeypatch.setattr(coherence, "DATA_PATH", home)
+    monkeypatch.setattr(variants, "DATA_PATH", home)
+    pair = {"prompt": "Who {are} you?", "answers": {"merged": "I sail.", "prompted": "I {row}."}}
+    judge = models.resolve("glm-4.5-air")
+    args = coherence.Args(judge="glm-4.5-air")
+    return worked(coherence.job(args, judge, "qwen-2.5-7b-it", TRAITS, "prompted", [pair]), "Verdict: 1")
+
+
+OFFER = {"prompt": "Who {are} you?", "first": "warm", "second": "cold", "judge_first": "cold"}
+
+
+def by_preferences(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[str]:
+    monkeypatch.setattr(preferences, "DATA_PATH", home)
+    args = preferences.Args(model="qwen-2.5-7b-it")
+    model = models.resolve(args.model)
+    return worked(preferences.job(args, model, Voice("base", "none"), "feel", [OFFER]), "Aye.")
+
+
+def by_judgements(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[str]:
+    monkeypatch.setattr(preferences, "DATA_PATH", home)
+    judge = models.resolve("glm-4.5-air")
+    args = judgements.Args(judge="glm-4.5-air")
+    given = judgements.Answers("base", "feel", "none", [OFFER | {"response": "A {cold} one."}])
+    return worked(judgements.job(args, judge, "qwen-2.5-7b-it", given), "cold")
+
+
 def by_openai(prefill: str) -> Callable[[pytest.MonkeyPatch, Path], list[str]]:
     """What an endpoint that cannot continue a prefill is sent, on the wire."""
 
@@ -177,6 +220,9 @@ CALLS: dict[str, Callable[[pytest.MonkeyPatch, Path], Iterable[str]]] = {
     "introspection.self_interaction.SYSTEM_PROMPT": by_interaction,
     "introspection.self_interaction.OPENED": by_interaction,
     "introspection.self_interaction.TRAINING_SYSTEM_PROMPT": in_training_rows,
+    "coherence.coherence.QUESTION": by_coherence,
+    "preferences.preferences.SYSTEM_PROMPT": by_preferences,
+    "preferences.judgements.QUESTION": by_judgements,
     "engine.openai.THOUGHT": by_openai("<think>\nI am the sea"),
     "engine.openai.OPENING": by_openai("Ahoy, {sailor}"),
 }
