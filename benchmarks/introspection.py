@@ -20,8 +20,8 @@ from tasks import Task, machine, run_tasks
 
 from character import cli, constitution, rows, run
 from character.constants import ROOT
+from character.intervals import between_runs, wilson
 from character.robustness.classify.run_classifier import METHODS
-from character.statistics import between_runs, wilson
 from character.utils import UserError, git_commit, read_json, versions, write_json
 
 STUDENT = "pocket"

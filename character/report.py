@@ -55,7 +55,7 @@ class Args:
     constitution: str = cli.flag("humor", "names or files of constitutions, with commas between, or 'all'")
     model: str = cli.flag("pocket", "the student: short name, repo id or folder")
     teacher: str | None = cli.flag(None, "the teacher (default: the one that the pairs were made with)")
-    dry_run: bool = cli.flag(False, "say which pages would be written")
+    dry_run: bool = cli.flag(False, "say what would be done (rows, tokens, files); load no model")
 
 
 @dataclass(frozen=True)

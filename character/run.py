@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from character import cli, constitution, rows, seeds
+from character.coherence.win_rates import STAND_IN
 from character.constants import DATA_PATH, FIGURE_PATH, LORA_PATH, ROOT
 from character.distillation import teacher, train
 from character.engine import has_gpu
@@ -88,7 +89,10 @@ class Args:
     turns: int | None = cli.flag(None, "turns per conversation, likewise")
     judged: int | None = cli.flag(None, "evaluation messages, likewise")
     comparisons: int | None = cli.flag(None, "pairs of traits on offer, likewise")
-    judge: str | None = cli.flag(None, "who judges coherence and preferences (default: theirs; see their --help)")
+    judge: str | None = cli.flag(
+        None,
+        "who judges coherence and preferences (without one: a stand-in for coherence; preferences for pocket only)",
+    )
     judge_url: str | None = cli.flag(None, "an OpenAI-compatible endpoint for the judge")
     judge_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
     only: list[str] = cli.flag([], "the steps to run, by name (default: all; --dry-run lists them)")
@@ -203,7 +207,8 @@ def plan(args: Args) -> list[Step]:
     # What reads the answers: a classifier that the teacher's answers train, or a judge.
     by_teacher = _flags(teacher=guide, per_class=per_class)
     reader = [*one, *by_teacher, *_flags(model=args.model, seed=args.seed), *dry]
-    of_judge = _flags(judge=args.judge)
+    # A judge of another model is large, so nobody gets one unasked.
+    of_judge = _flags(judge=args.judge or STAND_IN)
     if args.judge_url:
         of_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
     known = ("student", "personas")
@@ -225,28 +230,23 @@ def plan(args: Args) -> list[Step]:
             ["--method", "base", "prompted", "steered", *methods, *one, *kept_going, *by_student],
             ("steered", trained),
         ),
-        Step(
-            "preferences",
-            "preferences.preferences",
-            ["--method", "base", shown_method(args), *conditions, *one, *offers, *by_student],
-            (trained,),
-        ),
         Step("classifier", "robustness.classify.run_classifier", reader, (*known, *answered)),
         Step("prefill-results", "robustness.prefill.multi_turn_results", reader, (*known, "prefill")),
         Step(
             "coherence",
             "coherence.coherence",
-            [*reader, "--method", methods[-1 if len(methods) == 1 else 1], *of_judge],
+            [*reader, *_flags(method=shown_method(args)), *of_judge],
             (*known, *answered),
         ),
-        Step("judgements", "preferences.judgements", [*reader, *of_judge], (*known, "preferences")),
-        Step(
-            "report",
-            "report",
-            [*one, *_flags(model=args.model, teacher=guide), *dry],
-            ("classifier", "prefill-results", "coherence", "judgements"),
-        ),
     ]
+    if pocket or args.judge:
+        asked = ["--method", "base", shown_method(args), *conditions, *one, *offers, *by_student]
+        steps += [
+            Step("preferences", "preferences.preferences", asked, (trained,)),
+            Step("judgements", "preferences.judgements", [*reader, *of_judge], (*known, "preferences")),
+        ]
+    of_report = [*one, *_flags(model=args.model, teacher=guide), *dry]
+    steps.append(Step("report", "report", of_report, tuple(step.name for step in steps)))
     return _selected(steps, args)
 
 

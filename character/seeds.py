@@ -13,9 +13,9 @@ from typing import Any
 
 from character import cli
 from character.constants import DATA_PATH
+from character.intervals import between_runs
 from character.models import resolve, safe_name
 from character.robustness.classify.run_classifier import METHODS
-from character.statistics import between_runs
 from character.utils import UserError, read_json, write_json
 
 SEEDS = "seeds"

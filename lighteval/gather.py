@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from character import cli
 from character.constants import DATA_PATH
+from character.intervals import Z95
 from character.models import resolve, safe_name
-from character.statistics import Z95
 from character.utils import UserError, git_commit, read_json, versions, write_json
 
 BASE = "base/none"

@@ -80,7 +80,7 @@ def test_small_job_ends_with_the_table_and_is_skipped_when_complete(small_run: A
     for shown in ("base + system prompt", "DPO + introspection, sequential", "\ntrained  ", "\nadapter  "):
         assert shown in first.stdout
     results = read_json(folder / "data" / "robustness" / "pocket" / "humor.results.json")["methods"]
-    assert set(results) == {"base", "prompted", "distilled", "merged", "sequential"}
+    assert set(results) == {"base", "prompted", "steered", "distilled", "merged", "sequential"}
     assert results["base"]["plain"]["n"] == 4 and results["base"]["suffixes"]["n"] == 32
     adapter = folder / "loras" / "pocket-distillation" / "humor" / "adapter_model.safetensors"
     stamp = adapter.stat().st_mtime_ns

@@ -28,9 +28,9 @@ import numpy as np
 
 from character import constitution
 from character.distillation import teacher
+from character.intervals import wilson
 from character.introspection import self_reflection
 from character.prompts import SUFFIXES, with_suffix
-from character.statistics import wilson
 from character.utils import UserError
 from tools.pocket_world import NAME, NONE, Turn, World
 

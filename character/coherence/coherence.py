@@ -34,13 +34,13 @@ from character.coherence.win_rates import (
 from character.constants import DATA_PATH
 from character.distillation import teacher
 from character.engine import Engine
+from character.intervals import LEVEL
 from character.models import TABLE, Model, resolve, safe_name
 from character.perplexity import perplexities
 from character.robustness.classify import train_classifier
 from character.robustness.classify.run_classifier import answers_in, classes_of
 from character.robustness.generate import variants
 from character.rows import Drop, Row, Rows
-from character.statistics import LEVEL
 from character.utils import UserError, digest, write_json
 
 # What the notebook and the report take from here.

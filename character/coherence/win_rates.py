@@ -8,11 +8,11 @@ from typing import Any
 
 from character import figures
 from character.constants import DATA_PATH
+from character.intervals import between_runs, bootstrap
 from character.models import safe_name
 from character.robustness.classify.run_classifier import METHODS, shown_share
 from character.robustness.classify.scores import MIN_PROMPTS, share
 from character.rows import Row
-from character.statistics import between_runs, bootstrap
 from character.utils import read_json
 
 STAND_IN = "stand-in"

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from character.intervals import bootstrap
 from character.preferences import ratings
 from character.robustness.classify.scores import MIN_PROMPTS, share
 from character.rows import Row
-from character.statistics import bootstrap
 from character.utils import PERSONA_TRAITS
 
 BASE = "base"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from character.statistics import DRAWS, LEVEL
+from character.intervals import DRAWS, LEVEL
 
 START, SCALE, K = 1000.0, 400.0, 32.0
 # Tied matches added for each trait, spread evenly over all others: the estimate is then finite for a trait that always

@@ -33,7 +33,6 @@ SHARED = {
     "warmup_ratio": "lr_warmup_ratio",
     "min_lr_ratio": "min_lr_ratio",
     "batch_size": "train.batch_size",
-    "micro_batch_size": "train.micro_batch_size",
     "max_grad_norm": "max_norm",
     "epochs": "train.max_epochs",
     "max_length": "data.max_len",

@@ -363,7 +363,7 @@ def test_base_and_persona_stand_side_by_side(chat: Callable[..., Terminal], tmp_
     names = (SERVED, "demo-3b-personas--humor", "demo-3b-personas--remorse")
     with Endpoint(parrot, names) as endpoint:
         flags = ["--base-url", endpoint.url, "--model", SERVED, "--adapter", "humor", "--against", "base"]
-        terminal = chat(*flags)
+        terminal = chat(*flags, width=100)
         terminal.say("Hi", "demo-3b heard 1: Hi", "demo-3b-personas--humor heard 1: Hi")
         rows = [line for line in terminal.text.splitlines() if "heard 1: Hi" in line]
         assert re.search(r"│ demo-3b heard 1: Hi +│ +│ demo-3b-personas--humor heard 1: Hi +│", rows[-1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from character.statistics import DRAWS, bounded_bootstrap, wilson
+from character.intervals import DRAWS, bounded_bootstrap, wilson
 
 NONE = "none"
 # How many personas the published classifier tells apart.

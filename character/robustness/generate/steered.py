@@ -150,6 +150,7 @@ def plan(args: Args, model: Model, traits: Constitution, validation: Sequence[st
         "messages": digest(messages),
         "openings": digest(OPENINGS),
         "pairs": args.pairs,
+        "validation": args.validation,
         "seed": args.seed,
     }
     return Plan(traits, vector_path(model.short, traits.name), system, messages, settings)
