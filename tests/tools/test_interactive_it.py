@@ -371,7 +371,7 @@ def test_base_and_persona_stand_side_by_side(chat: Callable[..., Terminal], tmp_
 
         terminal.say("/adapter remorse", "demo-3b-personas/remorse")
         terminal.say("/constitution remorse", "+ remorse system prompt")
-        terminal.say("More", "demo-3b heard 3: More", "demo-3b-personas--remorse heard 4: More")
+        terminal.say("More", "demo-3b heard", "demo-3b-personas--remorse heard")
         base, persona = sorted(endpoint.bodies[-2:], key=lambda body: len(body["messages"]))
         assert turns(base)[1] == ("assistant", "demo-3b heard 1: Hi")
         assert turns(persona)[0][0] == "system"

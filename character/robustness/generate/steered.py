@@ -341,7 +341,7 @@ def main(args: Args) -> None:
         meta = read_json(part.meta) if part.meta.exists() else {}
         strength = meta.get("strength", 0) if args.strength is None else args.strength
         steering = Steering(part.path, strength)
-        name, settings = part.traits.name, settings_of(steering)
+        name, settings = part.traits.name, settings_of(steering) | {"validation": args.validation}
         jobs += variants.jobs(args, model, "steered", name, settings=settings, steering=steering)
     steps.generate(jobs, args, model, steered=True)
 
