@@ -61,13 +61,17 @@ UNTRAINED = ("prompted", "steered")
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a run: the script, what it makes, the JSON file that says how, and flags that are not in there."""
+    """A step of a run: the script, what it makes, the JSON file that says how, and flags that are not in there.
+
+    beside: the step whose command makes this file on the way.
+    """
 
     title: str
     script: str
     file: Path
     meta_path: Path
     flags: Mapping[str, Any] = field(default_factory=dict)
+    beside: "Stage | None" = None
 
     @property
     def made(self) -> bool:
@@ -87,6 +91,8 @@ class Stage:
 
     def command(self) -> str:
         """The command that makes the file: as it was made where it is there, else with the defaults."""
+        if self.beside:
+            return self.beside.command()
         given = dict(self.flags)
         if self.made:
             given = _given(self.meta) | given
@@ -195,7 +201,9 @@ def stages(name: str, spec: str, model: Model, teacher_name: str) -> dict[str, S
     ]  # fmt: skip
     vector = steered.vector_path(short, name)
     if vector.exists():
-        found.append(rows("control vector", "robustness/generate/steered", vector, one | by_teacher))
+        script, meta = "character/robustness/generate/steered.py", vector.with_suffix(".meta.json")
+        after = answers(name, one | by_teacher, short, "steered")
+        found.append(Stage("control vector", script, vector, meta, beside=after))
     usual = ("base", "prompted", "steered", "merged")
     found += [
         answers(name, one | by_teacher, short, method) for method in dict.fromkeys([*usual, *methods(short, name)])
@@ -250,8 +258,27 @@ def answers(name: str, one: Mapping[str, Any], student_name: str, method: str) -
     if method not in METHODS:
         flags["adapter"] = "ADAPTER"
     file = answers_path(student_name, method, name)
+    if method == "steered":
+        flags |= _of_sweep(file, steered.vector_path(student_name, name))
     script = f"character/robustness/generate/{script}.py"
     return Stage(f"answers: {method}", script, file, file.with_suffix(".meta.json"), flags)
+
+
+def _of_sweep(file: Path, vector: Path) -> dict[str, Any]:
+    """The flags of steered answers whose strength the sweep chose, and will choose again."""
+    metas = [path.with_suffix(".meta.json") for path in (file, vector)]
+    if not all(path.exists() for path in metas):
+        return {}
+    made, found = map(read_json, metas)
+    sweep = found.get("sweep")
+    if not sweep or sweep["strength"] != made["settings"]["strength"]:
+        return {}
+    return {
+        "strength": None,
+        "pairs": found["settings"]["pairs"],
+        "max_perplexity": sweep["settings"]["max_perplexity"],
+        "per_class": max(sweep["classes"].values()),
+    }
 
 
 def voices(kind: str, one: Mapping[str, Any], student_name: str, name: str, evaluation: str, variant: str) -> Stage:

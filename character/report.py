@@ -318,7 +318,7 @@ def commands(run: Run) -> Any:
     every = [*run.stages.values(), *run.evaluations.values()]
     parts = ""
     for title, part in (("", [s for s in every if s.made]), ("Not made yet:", [s for s in every if not s.made])):
-        lines = "".join(_command(stage.command()) for stage in part)
+        lines = "".join(map(_command, dict.fromkeys(stage.command() for stage in part)))
         parts += f"{f'<p>{title}</p>' if title else ''}<pre>{lines}</pre>" if lines else ""
     return _html(parts)
 
