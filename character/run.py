@@ -3,10 +3,12 @@
 python -m character.run --constitution humor
 python -m character.run --constitution humor --model llama-3.1-8b-it --teacher glm-4.5-air --preset paper
 
-Each step is a process of its own; complete ones are skipped. It stops at the first failure; run it again to go on.
+Each step is a process of its own, or follows another in its process that has the engine it needs open; complete ones
+are skipped. It stops at the first failure; run it again to go on.
 With no model named it takes the bundled one, on the CPU.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,6 +29,7 @@ from character.engine import has_gpu
 from character.models import resolve
 from character.robustness.classify import run_classifier
 from character.robustness.generate import variants
+from character.steps import keeping_engine
 from character.utils import UserError
 
 # Sizes; None is the step's own default. paper is the method's; quick is for a look at the bundled model's.
@@ -111,12 +114,17 @@ class Args:
 
 @dataclass
 class Step:
-    """A step: its name, its module under `character`, its flags, and the names of the steps whose files it reads."""
+    """A step: its name, its module under `character`, its flags, and the names of the steps whose files it reads.
+
+    speaker: the local model that it generates with; steps of one speaker can share an engine. None for a step that loads
+    no engine, or needs the memory for more than one.
+    """
 
     name: str
     module: str
     flags: list[str]
     needs: tuple[str, ...] = ()
+    speaker: str | None = None
 
     @property
     def script(self) -> str:
@@ -125,23 +133,18 @@ class Step:
             "tools/merge_loras.py" if self.module == "merge_loras" else f"character/{self.module.replace('.', '/')}.py"
         )
 
-    def run(self, output: str | None = None) -> None:
-        """Do the step in this process, as its command line would. output: the file that gets what it prints."""
-        if output:
-            with open(output, "ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
+    def run(self) -> None:
+        """Do the step in this process, as its command line would."""
         sys.argv = [self.script, *self.flags]
         runpy.run_path(str(ROOT / self.script), run_name="__main__")
 
 
 @dataclass
 class Running:
-    """A step at work. output: the file that gets what it prints; None where it prints to the terminal."""
+    """Steps at work. output: the file that gets what they print; None where they print to the terminal."""
 
-    step: Step
+    steps: list[Step]
     process: Any
-    begun: float
     output: Path | None
 
 
@@ -167,11 +170,19 @@ def plan(args: Args) -> list[Step]:
     by_student = [*student, *tokens, *local, *common, *_flags(tokens_per_second=args.generated_per_second)]
     by_trainer = [*student, *common, *_flags(tokens_per_second=args.trained_per_second)]
     judged = _flags(limit=size["judged"])
+    # An endpoint is no engine to open.
+    of_guide, of_judge = None if args.base_url else guide, None if args.judge_url else args.judge
 
     dpo = _flags(**POCKET_DPO) if pocket else []
     steps = [
-        Step("teacher", "distillation.teacher", [*one, *_flags(limit=size["messages"]), *of_teacher, *common]),
-        Step("student", "distillation.student", [*one, *_flags(teacher=guide), *by_student], ("teacher",)),
+        Step(
+            "teacher",
+            "distillation.teacher",
+            [*one, *_flags(limit=size["messages"]), *of_teacher, *common],
+            (),
+            of_guide,
+        ),
+        Step("student", "distillation.student", [*one, *_flags(teacher=guide), *by_student], ("teacher",), args.model),
         Step("pairs", "distillation.data", [*one, *pair, *_flags(seed=args.seed), *dry], ("student",)),
         Step("dpo", "distillation.train", [*one, *dpo, *by_trainer], ("pairs",)),
     ]
@@ -190,9 +201,16 @@ def plan(args: Args) -> list[Step]:
                 "introspection.self_reflection",
                 [*one, *_flags(samples=size["reflections"]), *by_student],
                 ("dpo",),
+                args.model,
             ),
-            Step("conversations", "introspection.self_interaction", [*one, *talk, *by_student], ("dpo",)),
-            Step("leading", "introspection.self_interaction", ["--leading", *one, *talk, *by_student], ("dpo",)),
+            Step("conversations", "introspection.self_interaction", [*one, *talk, *by_student], ("dpo",), args.model),
+            Step(
+                "leading",
+                "introspection.self_interaction",
+                ["--leading", *one, *talk, *by_student],
+                ("dpo",),
+                args.model,
+            ),
             Step("rows", "introspection.data", [*one, *student, *_flags(seed=args.seed), *dry], told),
             Step("sft", "introspection.train", [*one, *sft, *by_trainer], ("rows",)),
             Step("merge", "merge_loras", merge, ("sft",)),
@@ -208,22 +226,22 @@ def plan(args: Args) -> list[Step]:
     by_teacher = _flags(teacher=guide, per_class=per_class)
     reader = [*one, *by_teacher, *_flags(model=args.model, seed=args.seed), *dry]
     # A judge of another model is large, so nobody gets one unasked.
-    of_judge = _flags(judge=args.judge or STAND_IN)
+    by_judge = _flags(judge=args.judge or STAND_IN)
     if args.judge_url:
-        of_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
+        by_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
     known = ("student", "personas")
     answered = ("base", "prompted", "steered", "trained")
     steps += [
-        Step("personas", "distillation.teacher", [*everyone, *of_teacher, *dry], ("teacher",)),
-        Step("base", "robustness.generate.trained", ["--method", "base", *answers]),
-        Step("prompted", "robustness.generate.prompted", answers),
+        Step("personas", "distillation.teacher", [*everyone, *of_teacher, *dry], ("teacher",), of_guide),
+        Step("base", "robustness.generate.trained", ["--method", "base", *answers], (), args.model),
+        Step("prompted", "robustness.generate.prompted", answers, (), args.model),
         Step(
             "steered",
             "robustness.generate.steered",
             [*answers, *by_teacher, *_flags(validation=size["validation"])],
             known,
         ),
-        Step("trained", "robustness.generate.trained", ["--method", *methods, *answers], (trained,)),
+        Step("trained", "robustness.generate.trained", ["--method", *methods, *answers], (trained,), args.model),
         Step(
             "prefill",
             "robustness.prefill.multi_turn",
@@ -235,15 +253,16 @@ def plan(args: Args) -> list[Step]:
         Step(
             "coherence",
             "coherence.coherence",
-            [*reader, *_flags(method=shown_method(args)), *of_judge],
+            [*reader, *_flags(method=shown_method(args)), *by_judge],
             (*known, *answered),
+            of_judge,
         ),
     ]
     if pocket or args.judge:
         asked = ["--method", "base", shown_method(args), *conditions, *one, *offers, *by_student]
         steps += [
-            Step("preferences", "preferences.preferences", asked, (trained,)),
-            Step("judgements", "preferences.judgements", [*reader, *of_judge], (*known, "preferences")),
+            Step("preferences", "preferences.preferences", asked, (trained,), args.model),
+            Step("judgements", "preferences.judgements", [*reader, *by_judge], (*known, "preferences"), of_judge),
         ]
     of_report = [*one, *_flags(model=args.model, teacher=guide), *dry]
     steps.append(Step("report", "report", of_report, tuple(step.name for step in steps)))
@@ -270,12 +289,21 @@ def _flags(**values: object) -> list[str]:
     return found
 
 
+def titles(steps: list[Step]) -> dict[str, str]:
+    """Name → the line that announces the step."""
+    commands = {step.name: f"python {step.script} {' '.join(step.flags)}" for step in steps}
+    return {
+        name: f"\n[{number}/{len(steps)}] {name}: {command}"
+        for number, (name, command) in enumerate(commands.items(), 1)
+    }
+
+
 def foresee(steps: list[Step]) -> None:
     """Dry-run the steps, here, where each knows what those before it would write; exit with the last failed one's code."""
     rows.planned = {}
     code: str | int | None = 0
-    for number, step in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] {step.name}: python {step.script} {' '.join(step.flags)}", flush=True)
+    for step, title in zip(steps, titles(steps).values(), strict=True):
+        print(title, flush=True)
         try:
             step.run()
         except SystemExit as stop:
@@ -283,29 +311,59 @@ def foresee(steps: list[Step]) -> None:
     sys.exit(code)
 
 
-def run_steps(steps: list[Step], jobs: int) -> None:
-    """Run the steps, each in a process of its own, up to `jobs` at once, as soon as those they need are done.
+def ready(waiting: list[Step], running: list[Step]) -> list[Step]:
+    """The waiting steps that need no file of one that waits or runs."""
+    unfinished = {step.name for step in (*waiting, *running)}
+    return [step for step in waiting if not unfinished.intersection(step.needs)]
 
-    Where several run at once, what a step prints is shown when it ends. The first failure ends the job with that
-    step's code, its own message being the last line.
+
+def next_together(waiting: list[Step]) -> list[Step]:
+    """The first ready step, and those of the same speaker that are ready then, in order."""
+    group = ready(waiting, [])[:1]
+    for step in waiting:
+        others = [one for one in waiting if one not in group]
+        if step.speaker and step.speaker == group[0].speaker and step in ready(others, []):
+            group.append(step)
+    return group
+
+
+def run_together(steps: list[tuple[str, Step]], output: str | None) -> None:
+    """Do the steps, each with its title, in this process; one engine serves several. output: what they print goes there."""
+    with keeping_engine() if len(steps) > 1 else contextlib.nullcontext():
+        for title, step in steps:
+            begun = time.time()
+            print(title, flush=True)
+            if output:
+                with open(output, "ab") as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+            step.run()
+            print(f"    {time.time() - begun:.1f} s", flush=True)
+
+
+def run_steps(steps: list[Step], jobs: int) -> None:
+    """Run the steps, up to `jobs` processes at once, as soon as those they need are done.
+
+    Where one process runs at a time, it does all that the engine of its first step can serve. Where several run at
+    once, each does one step, and what it prints is shown when it ends. The first failure ends the job with that step's
+    code, its own message being the last line.
     """
     processes = _processes(jobs)
-    number = {step.name: place for place, step in enumerate(steps, 1)}
+    title = titles(steps)
     waiting = list(steps)
     running: list[Running] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             while waiting or running:
-                unfinished = {step.name for step in (*waiting, *(one.step for one in running))}
-                ready = [step for step in waiting if not unfinished.intersection(step.needs)]
-                for step in ready[: jobs - len(running)]:
-                    waiting.remove(step)
-                    title = f"[{number[step.name]}/{len(steps)}] {step.name}"
-                    print(f"\n{title}: python {step.script} {' '.join(step.flags)}", flush=True)
-                    output = Path(folder) / step.name if jobs > 1 else None
-                    process = processes.Process(target=step.run, args=(output and str(output),))
+                at_work = [step for one in running for step in one.steps]
+                groups = [[step] for step in ready(waiting, at_work)] if jobs > 1 else [next_together(waiting)]
+                for group in groups[: jobs - len(running)]:
+                    waiting = [step for step in waiting if step not in group]
+                    output = Path(folder) / group[0].name if jobs > 1 else None
+                    titled = [(title[step.name], step) for step in group]
+                    process = processes.Process(target=run_together, args=(titled, output and str(output)))
                     process.start()
-                    running.append(Running(step, process, time.time(), output))
+                    running.append(Running(group, process, output))
                 multiprocessing.connection.wait([one.process.sentinel for one in running])
                 for one in [one for one in running if not one.process.is_alive()]:
                     running.remove(one)
@@ -322,7 +380,7 @@ def run_steps(steps: list[Step], jobs: int) -> None:
 
 
 def _finished(one: Running) -> None:
-    """Show what a step printed and how long it took; exit with its code where it failed."""
+    """Show what was printed to a file; exit with the code of a step that failed."""
     one.process.join()
     code = one.process.exitcode
     said = one.output.read_text(encoding="utf-8", errors="replace") if one.output and one.output.exists() else ""
@@ -330,8 +388,7 @@ def _finished(one: Running) -> None:
         print(said, end="", file=sys.stderr, flush=True)
         sys.exit(code if code > 0 else 128 - code)
     if one.output:
-        print(f"\n{one.step.name} is done:\n{said}", end="")
-    print(f"    {time.time() - one.begun:.1f} s", flush=True)
+        print(f"\n{one.steps[0].name} is done:\n{said}", end="", flush=True)
 
 
 def _processes(jobs: int) -> Any:

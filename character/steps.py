@@ -1,8 +1,10 @@
 """What the generating steps share: a dry run, what is complete is skipped, and one engine for all output files."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,56 @@ class Job:
     prompt: Callable[[Row], int]
     max_tokens: int
     replies: int = 1
+
+
+@dataclass
+class Kept:
+    """The engine that is open now, if any: what it was opened with, and the event loop that it lives in."""
+
+    loop: asyncio.Runner
+    engine: Engine | None = None
+    opened_with: tuple[Model, dict[str, Any]] | None = None
+    adapters: Sequence[Path] = ()
+
+    async def open(self, model: Model, adapters: Sequence[Path], options: dict[str, Any]) -> Engine:
+        """The engine for a model, adapters and further options of `open_engine`: the open one if it serves them.
+
+        Else that one is closed first. Raises UserError as entering an engine does.
+        """
+        fits = self.opened_with == (model, options) and set(adapters) <= set(self.adapters)
+        if self.engine is None or not fits:
+            await self.close()
+            self.engine = await open_engine(model, adapters=adapters, **options).__aenter__()
+            self.opened_with, self.adapters = (model, options), adapters
+        return self.engine
+
+    async def close(self) -> None:
+        """Give back what the open engine holds."""
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            await engine.close()
+
+
+_kept: ContextVar[Kept | None] = ContextVar("_kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping_engine() -> Iterator[Kept]:
+    """Within the block `generate` leaves its engine open for the next call that it serves.
+
+    A block inside another one changes nothing.
+    """
+    if outer := _kept.get():
+        yield outer
+        return
+    with asyncio.Runner() as loop:
+        kept = Kept(loop)
+        token = _kept.set(kept)
+        try:
+            yield kept
+        finally:
+            _kept.reset(token)
+            loop.run(kept.close())
 
 
 def model_of(args: cli.EngineArgs, spec: str) -> Model:
@@ -81,7 +133,8 @@ def generate(
         if job.rows.complete:
             print(f"{job.rows.describe()}; complete")
     if todo:
-        asyncio.run(_generate(todo, args, model, adapters, steered))
+        with keeping_engine() as kept:
+            kept.loop.run(_generate(kept, todo, args, model, adapters, steered))
 
 
 def _foresee(jobs: Sequence[Job], rate: float | None) -> None:
@@ -130,22 +183,22 @@ def duration(tokens: float, rate: float | None) -> str:
     return f", at most {tokens / rate / 3600:.2f} hours"
 
 
-async def _generate(jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path], steered: bool) -> None:
-    engine = open_engine(
-        model,
-        engine=args.engine,
-        base_url=args.base_url,
-        api_key_variable=args.api_key_variable,
-        seed=args.seed,
-        adapters=adapters,
-        steered=steered,
+async def _generate(
+    kept: Kept, jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path], steered: bool
+) -> None:
+    options = {
+        "engine": args.engine,
+        "base_url": args.base_url,
+        "api_key_variable": args.api_key_variable,
+        "seed": args.seed,
+        "steered": steered,
+    }
+    engine = await kept.open(model, adapters, options)
+    share = max(1, engine.concurrency // len(jobs))
+    results = await asyncio.gather(
+        *(job.rows.fill(_bound(job, engine), concurrency=share, info=lambda: asdict(engine.info)) for job in jobs),
+        return_exceptions=True,
     )
-    async with engine:
-        share = max(1, engine.concurrency // len(jobs))
-        results = await asyncio.gather(
-            *(job.rows.fill(_bound(job, engine), concurrency=share, info=lambda: asdict(engine.info)) for job in jobs),
-            return_exceptions=True,
-        )
     for result in results:
         if isinstance(result, BaseException):
             raise result

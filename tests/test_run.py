@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,34 @@ def test_needs_come_earlier_and_are_steps() -> None:
         done.add(step.name)
 
 
+def groups(*flags: str) -> list[list[str]]:
+    """The names of the steps that share a process, in order."""
+    waiting = run.plan(cli.parse(run.Args, list(flags)))
+    found = []
+    while waiting:
+        together = run.next_together(waiting)
+        waiting = [step for step in waiting if step not in together]
+        found.append([step.name for step in together])
+    return found
+
+
+def test_steps_that_one_engine_serves_go_together_as_soon_as_they_can() -> None:
+    found = groups("--model", "llama-3.1-8b-it", "--teacher", "glm-4.5-air", "--judge", "glm-4.5-air")
+    assert [group for group in found if len(group) > 1] == [
+        ["teacher", "personas"],
+        ["student", "base", "prompted"],
+        ["reflections", "conversations", "leading"],
+        ["trained", "preferences"],
+        ["coherence", "judgements"],
+    ]
+    alone = [name for group in found for name in group if len(group) == 1]
+    # Training and the control vectors need the GPU's memory for themselves.
+    assert {"dpo", "sft", "steered", "prefill"} <= set(alone)
+    assert groups()[0] == ["teacher", "student", "personas", "base", "prompted"]
+    remote = groups("--base-url", "http://x/v1", "--judge", "gpt-5", "--judge-url", "http://y/v1")
+    assert ["teacher"] in remote and ["judgements"] in remote
+
+
 def foreseen(folder: Path, shown: str) -> dict[str, int]:
     """Output, from the folder → the rows that a dry run says it would have, for files of rows and for trained adapters."""
     files = re.findall(r"^(\S+\.jsonl): (?:at most .* give )?(?:at most )?(\d+) (?:rows|pairs)", shown, re.M)
@@ -99,6 +129,44 @@ def test_failed_step_ends_the_job_with_its_message(tmp_path: Path, start: Any) -
     broken = start("character.run", tmp_path, "--constitution", "humor", "--teacher", "no-such-model")
     assert broken.returncode == 2
     assert broken.stderr.splitlines()[-1].startswith("error: unknown model 'no-such-model'")
+
+
+def test_a_failure_among_steps_that_share_a_process_keeps_what_is_finished(tmp_path: Path, start: Any) -> None:
+    flags = ["--judged", "1", "--jobs", "1", "--only", "base", "trained", "preferences"]
+    ended = start("character.run", tmp_path, *flags)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}/loras/pocket-distillation/humor is no LoRA adapter"
+    )
+    assert "[1/3] base" in ended.stdout and "[2/3] trained" in ended.stdout and "preferences" not in ended.stdout
+    assert (tmp_path / "data" / "robustness" / "pocket" / "base" / "plain" / "none.jsonl").exists()
+
+
+@pytest.mark.vllm
+def test_one_vllm_serves_the_steps_that_follow_each_other(
+    small_run: Any, start: Any, tmp_path: Path, require: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("vllm")
+    shutil.copytree(small_run.folder / "loras", tmp_path / "loras")
+    for variable, value in (
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        ("VLLM_LOGGING_LEVEL", "INFO"),
+    ):
+        monkeypatch.setenv(variable, value)
+    # With an adapter, with the same one, and without.
+    names = ["reflections", "leading", "base"]
+    done = start("character.run", tmp_path, *small_run.flags, "--engine", "vllm", "--jobs", "1", "--only", *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("Initializing a V1 LLM engine") == 1
+    data = tmp_path / "data"
+    for file, rows in (
+        ("self_reflection/pocket/humor.jsonl", 10),
+        ("self_interaction/pocket/humor-leading.jsonl", 2),
+        ("robustness/pocket/base/plain/none.jsonl", 4),
+    ):
+        assert len((data / file).read_text(encoding="utf-8").splitlines()) == rows
+        assert read_json((data / file).with_suffix(".meta.json"))["info"]["engine"] == "VLLMEngine"
 
 
 def test_dry_run_loads_nothing_and_writes_nothing(tmp_path: Path, start: Any) -> None:

@@ -1,0 +1,107 @@
+"""The engine that the steps of one process share: when it is reused, when another one is opened, and that it is closed."""
+
+import types
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from character import steps
+from character.engine import Engine
+from character.engine.scripted import Scripted
+from character.models import Model
+from character.rows import Row, Rows
+from character.utils import UserError
+
+MODEL = Model("tiny", "nowhere", "Tiny")
+ARGS = types.SimpleNamespace(
+    engine="auto", base_url=None, api_key_variable="KEY", seed=1, dry_run=False, tokens_per_second=None
+)
+FIRST, SECOND = Path("first"), Path("second")
+
+
+class Engines:
+    """What was opened and closed, in order: each engine by its number."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def open(self, model: Model, **_: Any) -> Engine:
+        number = sum(event.startswith("open") for event in self.events) + 1
+        engines = self
+
+        class Recorder(Scripted):
+            async def start(self) -> None:
+                engines.events.append(f"open {number}")
+                if model.source == "broken":
+                    raise UserError("no such model")
+
+            async def close(self) -> None:
+                engines.events.append(f"close {number}")
+
+        return Recorder(model, lambda *_: "Aye.")
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    found = Engines()
+    monkeypatch.setattr(steps, "open_engine", found.open)
+    return found
+
+
+def step(path: Path, model: Model = MODEL, adapters: Sequence[Path] = (), steered: bool = False, **flags: Any) -> None:
+    """Generate a file of one row."""
+
+    async def work(engine: Engine, row: Row) -> Row:
+        return (await engine.reply([{"role": "user", "content": row["prompt"]}], steps.Sampling())).row()
+
+    job = steps.Job(Rows(path, [{"prompt": "Who?"}], {}, False), work, lambda row: 4, 10)
+    steps.generate([job], types.SimpleNamespace(**vars(ARGS) | flags), model, adapters, steered)
+
+
+def test_a_step_alone_opens_and_closes_its_engine(engines: Engines, tmp_path: Path) -> None:
+    for number in range(2):
+        step(tmp_path / f"{number}.jsonl")
+    assert engines.events == ["open 1", "close 1", "open 2", "close 2"]
+
+
+def test_steps_together_share_an_engine(engines: Engines, tmp_path: Path) -> None:
+    with steps.keeping_engine():
+        step(tmp_path / "a.jsonl", adapters=[FIRST, SECOND])
+        step(tmp_path / "b.jsonl", adapters=[SECOND])
+        step(tmp_path / "c.jsonl")
+        step(tmp_path / "c.jsonl", adapters=[Path("third")])
+        assert engines.events == ["open 1"]
+    assert engines.events == ["open 1", "close 1"]
+    assert all((tmp_path / f"{name}.jsonl").exists() for name in "abc")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": replace(MODEL, source="elsewhere")},
+        {"adapters": [FIRST, SECOND]},
+        {"steered": True},
+        {"seed": 2},
+        {"engine": "transformers"},
+        {"base_url": "http://x/v1"},
+    ],
+)
+def test_an_engine_that_does_not_fit_is_closed_before_another_is_opened(
+    other: dict[str, Any], engines: Engines, tmp_path: Path
+) -> None:
+    with steps.keeping_engine():
+        step(tmp_path / "a.jsonl", adapters=[FIRST])
+        step(tmp_path / "b.jsonl", **other)
+    assert engines.events == ["open 1", "close 1", "open 2", "close 2"]
+
+
+def test_a_step_that_fails_closes_the_engine(engines: Engines, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model"), steps.keeping_engine():
+        step(tmp_path / "a.jsonl")
+        step(tmp_path / "b.jsonl", replace(MODEL, source="broken"))
+    assert engines.events == ["open 1", "close 1", "open 2", "close 2"]
+    step(tmp_path / "c.jsonl")
+    assert engines.events[4:] == ["open 3", "close 3"]
