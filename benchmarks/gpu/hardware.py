@@ -25,6 +25,27 @@ DPO_ROW, SFT_ROW = 2 * 1024, 3072
 ANSWERS = {"student's answers": 9150 * 400e-6, "reflections": 10_000 * 400e-6}
 TALK = {"conversations": 2000 * 10 * 400e-6}
 TRAINED = {"DPO": 6.0, "SFT": 12_000 * 1000e-6}
+# Billions of parameters of the model that is measured.
+LLAMA = 8.03
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A card by its vendor's datasheet: memory bandwidth in GB/s, dense bf16 matrix products in TFLOP/s."""
+
+    name: str
+    bandwidth: float
+    matrix: float
+
+
+# GB → a card of that memory.
+DATASHEET = {
+    24: Sheet("RTX 4090", 1008, 165),
+    48: Sheet("L40S", 864, 362),
+    80: Sheet("H100", 3350, 989),
+    141: Sheet("H200", 4800, 989),
+}
+MEASURED = {"NVIDIA H100 80GB HBM3": 80, "NVIDIA H200": 141}
 
 INTRODUCTION = """# Hardware
 
@@ -94,25 +115,33 @@ def settings() -> list[str]:
 
 
 def hours(works: dict[str, Any]) -> list[str]:
-    """The table of hours on the kind of GPU that was measured; other models by their parameters."""
+    """The table of hours, from the rates of the GPU that was measured, another card's by its datasheet."""
     rates = {name: works[name]["ours"]["rate"] for name in ("teacher", "interaction", "dpo", "sft")}
-    measured = resolve("llama-3.1-8b-it").parameters
-    parts = [
-        *((name, millions / rates["teacher"]) for name, millions in ANSWERS.items()),
-        *((name, millions / rates["interaction"]) for name, millions in TALK.items()),
-        ("DPO", TRAINED["DPO"] / rates["dpo"]),
-        ("SFT", TRAINED["SFT"] / rates["sft"]),
-    ]
+    measured = DATASHEET[MEASURED[works["teacher"]["ours"]["gpu"]]]
     lines = [
-        f"| student | {' | '.join(name for name, _ in parts)} | all, 1 GPU | 2 | 4 | 8 |",
-        "|---" * (len(parts) + 5) + "|",
+        f"| student | card | {' | '.join((*ANSWERS, *TALK, *TRAINED))} | all, 1 GPU | 2 | 4 | 8 |",
+        "|---" * (len(ANSWERS | TALK | TRAINED) + 6) + "|",
     ]
-    for short in STUDENTS[:3]:
-        parameters = resolve(short).parameters
-        assert parameters and measured
-        each = [1e6 * time * parameters / measured / 3600 for _, time in parts]
-        shown = [f"{time:.2f}" for time in (*each, *(sum(each) / gpus for gpus in GPUS))]
-        lines.append(f"| {short} | {' | '.join(shown)} |")
+    for short in STUDENTS:
+        model = resolve(short)
+        assert model.parameters
+        for card, sheet in DATASHEET.items():
+            layouts = serving(model, card)[0].split(" · ")
+            slower = model.parameters / LLAMA
+            moved, computed = slower * measured.bandwidth / sheet.bandwidth, slower * measured.matrix / sheet.matrix
+            times: dict[str, float | None] = {name: moved * n / rates["teacher"] for name, n in ANSWERS.items()}
+            times |= {name: moved * n / rates["interaction"] for name, n in TALK.items()}
+            for name, tokens, passes in (("DPO", DPO_ROW, 6), ("SFT", SFT_ROW, 4)):
+                rows = rows_at_once(model, card, tokens)
+                # A second forward pass of the policy.
+                again = (passes + 2) / passes if "recomputed" in rows else 1
+                rate = rates[name.lower()]
+                times[name] = None if rows == "does not fit" else computed * again * TRAINED[name] / rate
+            whole = None if None in times.values() else sum(filter(None, times.values()))
+            cells = [*times.values(), *(whole and whole / gpus for gpus in GPUS)]
+            fits = [layouts[0] != "–"] * len(times) + [layout != "–" for layout in layouts]
+            shown = [f"{1e6 * cell / 3600:.2f}" if cell and fit else "–" for cell, fit in zip(cells, fits, strict=True)]
+            lines.append(f"| {short} | {sheet.name}, {card} GB | {' | '.join(shown)} |")
     return lines
 
 
@@ -126,11 +155,13 @@ def page() -> str:
     works = read_json(RESULTS)["works"]
     card = works["teacher"]["ours"]["gpu"]
     text = (
-        f"Computed, not measured as a whole: tokens of a persona at the paper's size over the rates that one {card} "
-        "reached with random weights of Llama 3.1 8B's shape ([results](../benchmarks/gpu/results.json)). Assumed are "
-        "answers of 400 tokens in the mean, 6 million tokens of pairs, 12 million of introspection; rates in inverse "
-        "proportion to a model's parameters, and in proportion to the number of GPUs. The time that engines take to start, "
-        "the teacher (whatever model that is) and the evaluations come on top."
+        "Computed, not measured as a whole: tokens of a persona at the paper's size over the rates that one "
+        f"{card} reached with random weights of Llama 3.1 8B's shape ([results](../benchmarks/gpu/results.json)). Assumed "
+        "are answers of 400 tokens in the mean, 6 million tokens of pairs, 12 million of introspection; rates in inverse "
+        "proportion to a model's parameters and in proportion to the number of GPUs; other cards by their datasheets, "
+        "writing in proportion to memory bandwidth, training to the bf16 matrix rate (a card that takes fewer sequences at "
+        "once will write slower than that), recomputed activations as one more forward pass. The time that engines take to "
+        "start, the teacher (whatever model that is) and the evaluations come on top. A dash: does not fit."
     )
     return "\n".join([*lines, text, "", *hours(works), ""])
 
