@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import Task, machine, run_tasks
+from tasks import Task, report, run_tasks
 
 from character import cli, constitution, run, seeds
 from character.constants import ROOT
-from character.utils import UserError, git_commit, read_json, versions, write_json
+from character.utils import UserError, read_json
 
 STUDENT = "pocket"
 # Steps that read all personas at once; of the others each persona has its own.
@@ -169,18 +169,7 @@ def main(args: Args) -> None:
     begun = time.monotonic()
     per_seed = [tasks_of(args, seed) for seed in range(args.seed, args.seed + args.seeds)]
     run_tasks([task for tasks in per_seed for task in tasks], args.work, args.jobs)
-    results = {
-        "command": " ".join(["python", "benchmarks/evaluations.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "git": git_commit(),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - begun, 1),
-        **gather(args),
-    }
-    write_json(args.out.with_suffix(".json"), results)
-    text = text_of(results)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    report(args.out, begun, gather(args), text_of)
 
 
 if __name__ == "__main__":

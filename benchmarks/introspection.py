@@ -16,13 +16,13 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import Task, machine, run_tasks
+from tasks import Task, report, run_tasks
 
 from character import cli, constitution, rows, run
 from character.constants import ROOT
 from character.intervals import between_runs, wilson
 from character.robustness.classify.run_classifier import METHODS
-from character.utils import UserError, git_commit, read_json, versions, write_json
+from character.utils import UserError, read_json
 
 STUDENT = "pocket"
 # What SFT learns from, beside the model's own reflections and conversations: name → (in words, further flags of data.py).
@@ -239,22 +239,14 @@ def main(args: Args) -> None:
     begun = time.monotonic()
     lay_out(args)
     run_tasks(plan(args), args.work, args.jobs)
-    results = {
-        "command": " ".join(["python", "benchmarks/introspection.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "git": git_commit(),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - begun, 1),
+    found = {
         "seeds": args.seeds,
         "first_seed": args.seed,
         "rows": rows_of(args),
         "methods": {method: label(method) for method in methods_of(args)},
         "personas": gather(args),
     }
-    write_json(args.out.with_suffix(".json"), results)
-    text = text_of(results)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    report(args.out, begun, found, text_of)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from character.constants import ROOT
-from character.utils import UserError
+from character.utils import UserError, git_commit, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,22 @@ def machine() -> str:
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return f"{os.cpu_count()} cores, {' and '.join(gpus) or 'no GPU'}"
+
+
+def report(out: Path, begun: float, found: Mapping[str, Any], text_of: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write what was found, and how, to `out` with .json and as a page with .md, and print the page.
+
+    begun: when the command was started, by time.monotonic().
+    """
+    results = {
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "machine": machine(),
+        "git": git_commit(),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - begun, 1),
+        **found,
+    }
+    write_json(out.with_suffix(".json"), results)
+    text = text_of(results)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
