@@ -45,6 +45,8 @@ class EngineArgs:
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
     top_p: float = flag(0.95, "nucleus sampling")
     repetition_penalty: float = flag(1.1, "1.0 is none")
+    quantization: Literal["fp8"] | None = flag(None, "weights in 8 bits: less memory and other answers; vllm on a GPU")
+    kv_cache_dtype: Literal["fp8"] | None = flag(None, "keys and values in 8 bits, likewise")
 
 
 class _Parser(argparse.ArgumentParser):

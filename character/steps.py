@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from character import cli, rows
-from character.engine import Engine, Message, Sampling, choose, open_engine
+from character.engine import Engine, Message, Sampling, choose, has_gpu, open_engine
 from character.models import Model, fingerprint, resolve
 from character.rows import Row, Rows
 from character.utils import UserError
@@ -115,7 +115,23 @@ def settings_of(args: Any, model: Model, sampling: Sampling) -> dict[str, Any]:
         "engine": choose(args.engine, args.base_url),
         "sampling": sampling.settings(),
         "seed": args.seed,
+        **precision_of(args),
     }
+
+
+def precision_of(args: cli.EngineArgs) -> dict[str, str]:
+    """vLLM's arguments for weights, and for keys and values, in 8 bits; empty where no flag asks for it.
+
+    Raises UserError where the engine is not vLLM on a GPU.
+    """
+    asked: dict[str, str | None] = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    found = {name: value for name, value in asked.items() if value}
+    engine = choose(args.engine, args.base_url)
+    if found and (engine != "vllm" or not has_gpu()):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in found)
+        here = "there is no GPU here" if engine == "vllm" else f"this is --engine {engine}"
+        raise UserError(f"{flags}: for vLLM on a GPU alone, and {here}; leave it out")
+    return found
 
 
 def generate(
@@ -192,6 +208,7 @@ async def _generate(
         "api_key_variable": args.api_key_variable,
         "seed": args.seed,
         "steered": steered,
+        "precision": precision_of(args),
     }
     engine = await kept.open(model, adapters, options)
     share = max(1, engine.concurrency // len(jobs))

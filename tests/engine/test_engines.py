@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 import character.engine
+from character import cli, steps
 from character.engine import Engine, Message, Reply, Sampling, Steering, choose, open_engine
 from character.engine.base import check_adapter
 from character.engine.chat import Chat
@@ -608,3 +609,33 @@ def test_engines_that_cannot_be_had(
     monkeypatch.setattr(character.engine, "_has_vllm", lambda: False)
     with pytest.raises(UserError, match=message):
         choose(engine, base_url)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "message"),
+    [
+        (True, {"engine": "transformers"}, "--quantization and --kv-cache-dtype: .* this is --engine transformers"),
+        (True, {"base_url": "http://localhost:8000/v1", "kv_cache_dtype": None}, "--quantization: .* --engine openai"),
+        (False, {"engine": "vllm", "quantization": None}, "--kv-cache-dtype: .* there is no GPU here; leave it out"),
+    ],
+)
+def test_eight_bits_are_for_vllm_on_a_gpu(
+    gpu: bool, flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(character.engine, "_has_vllm", lambda: True)
+    monkeypatch.setattr(steps, "has_gpu", lambda: gpu)
+    with pytest.raises(UserError, match=message):
+        steps.precision_of(cli.EngineArgs(**{"quantization": "fp8", "kv_cache_dtype": "fp8"} | flags))
+
+
+def test_eight_bits_are_remembered_where_they_are_used(
+    chat_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(character.engine, "_has_vllm", lambda: True)
+    monkeypatch.setattr(steps, "has_gpu", lambda: True)
+    model = chat_model(PLAIN)
+    usual, asked = (
+        steps.settings_of(steps.GenerateArgs(engine="vllm", quantization=quantization), model, Sampling())
+        for quantization in (None, "fp8")
+    )
+    assert asked == usual | {"quantization": "fp8"} and "quantization" not in usual

@@ -16,7 +16,7 @@ import pytest
 
 from character.engine import Sampling
 from character.engine.steering import MARK, number_in
-from character.engine.vllm import VLLMEngine, _cause, _output_to, _rank, _short, layout, weights_folder
+from character.engine.vllm import VLLMEngine, _cause, _known, _output_to, _rank, _short, layout, weights_folder
 from character.models import Model
 from character.utils import UserError
 
@@ -40,6 +40,23 @@ WARNING 11-22 09:58:44 [importing.py:83] ImportError: No module named harmless
 (EngineCore pid=11) ERROR 11-22 09:58:46 [core.py:866] Exception: WorkerProc initialization failed. See stack trace.
 RuntimeError: Engine core initialization failed. See root cause above.
 """
+# What vLLM 0.26 says, and what becomes of it.
+TAKEN = (
+    "ValueError: Free memory on device cuda:0 (10.2/79.2 GiB) on startup is less than desired GPU memory utilization "
+    "(0.92, 72.9 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+)
+NO_CACHE = (
+    "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing "
+    "the engine (this flag also controls CPU memory reservation on the CPU backend, despite its name)."
+)
+NO_TOKEN = (
+    "ValueError: Cannot auto-fit max_model_len: not enough GPU memory available to serve even a single token. Try "
+    "increasing `gpu_memory_utilization`."
+)
+TOO_LARGE = (
+    "RuntimeError: Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free memory "
+    "for weights, increasing --tensor-parallel-size, or using --quantization."
+)
 
 
 # On one machine, any.
@@ -97,6 +114,47 @@ def test_adapters_that_vllm_would_get_wrong_are_refused(
 def test_the_cause_is_the_first_exception_of_the_log() -> None:
     assert _cause(LOG) == "OutOfMemoryError: CUDA out of memory. Tried"
     assert _cause(LOG.partition("(Worker_TP1 pid=12) ERROR")[0]) is None
+
+
+def explained(line: str, tmp_path: Path, what: str = "could not start", error: Exception | None = None) -> str:
+    """What an engine on a GPU says where vLLM's log has this line."""
+    engine = VLLMEngine(Model("some", "some/model", "Some"), 0)
+    engine._log, engine._sizes = tmp_path / "log", "16.1 GB of weights on 1 × 24 GB"
+    engine._log.write_text(f"(EngineCore pid=11) ERROR 11-22 09:58:46 [core.py:1330] {line}\n" if line else "")
+    return engine._explained(what, error or RuntimeError("Engine core initialization failed."))
+
+
+def test_a_gpu_that_others_use(tmp_path: Path) -> None:
+    message = explained(TAKEN, tmp_path)
+    assert "some/model: others use this GPU: 10.2 of 79.2 GiB are free, 72.9 are wanted; wait, end what" in message
+    assert "utilization" not in message
+
+
+@pytest.mark.parametrize("line", [NO_CACHE, NO_TOKEN, TOO_LARGE])
+def test_too_little_memory_says_what_there_is_and_what_helps(line: str, tmp_path: Path) -> None:
+    message = explained(line, tmp_path)
+    assert "use a smaller model, more GPUs" in message
+    assert "here are 16.1 GB of weights on 1 × 24 GB, and --quantization fp8 --kv-cache-dtype fp8 need half" in message
+
+
+def test_a_process_that_ends_without_a_word(tmp_path: Path) -> None:
+    message = explained("", tmp_path, "stopped")
+    assert "one of its processes ended without a word" in message and "finished rows are kept" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [("0.26.0", True), ("0.29.1+cpu", True), ("0.25.3", False), ("0.30.0", False), ("1.27", False)],
+)
+def test_versions_that_are_known(version: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _known(version) == known
+    monkeypatch.setattr("character.engine.vllm.versions", lambda: {"vllm": version})
+    message = explained("ValueError: no such field", tmp_path)
+    assert (
+        f"vLLM {version} could not start: ValueError: no such field; known to work: 0.26 to 0.29" in message
+    ) != known
+    gone = explained("", tmp_path, error=AttributeError("vllm has no AsyncEngineArgs"))
+    assert f"vLLM {version} could not start: vllm has no AsyncEngineArgs; known to work: 0.26 to 0.29" in gone
 
 
 def test_a_validation_error_becomes_one_line() -> None:
@@ -249,6 +307,26 @@ def test_settings_follow_the_gpus(
 
 
 @pytest.mark.vllm
+def test_eight_bits_take_half_the_memory(
+    chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    import vllm.platforms
+
+    model = chat_model("template-bos")
+    config = transformers.AutoConfig.from_pretrained(model.source)
+    weights = sum(file.stat().st_size for file in Path(model.source).glob("*.safetensors"))
+    monkeypatch.setattr(vllm.platforms, "current_platform", FakeGPUs(1, weights), raising=False)
+    with pytest.raises(UserError, match="for its weights alone"):
+        VLLMEngine(model, 7)._settings(Path(model.source), config, [])
+    asked = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    settings = VLLMEngine(model, 7, precision=asked)._settings(Path(model.source), config, [])
+    monkeypatch.undo()
+    assert settings.items() >= asked.items()
+    vllm.AsyncEngineArgs(**settings)
+
+
+@pytest.mark.vllm
 def test_vllm_for_gpus_where_there_is_none(
     chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +400,28 @@ def test_an_adapter_that_vllm_refuses(
     with pytest.raises(UserError, match=r"vLLM cannot load adapter .*renamed: .*odd_pr") as caught:
         runner.run(engine._load(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.vllm
+def test_answers_to_one_prompt_share_its_prefill(engine: VLLMEngine, runner: asyncio.Runner) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    block = engine._llm.vllm_config.cache_config.block_size
+    ids = engine.chat.encode([{"role": "user", "content": "Who are you? " * 72}]).ids
+
+    async def answer(number: int) -> int:
+        inputs = TokensPrompt(prompt_token_ids=ids)
+        async for output in engine._llm.generate(inputs, SamplingParams(max_tokens=4), f"shared-{number}"):
+            last = output
+        return int(last.num_cached_tokens)
+
+    async def all_at_once() -> list[int]:
+        return await asyncio.gather(*map(answer, range(5)))
+
+    assert len(ids) > 2 * block
+    first, *others = runner.run(all_at_once())
+    assert first == 0
+    assert all(len(ids) - cached <= block for cached in others), (len(ids), block, others)
 
 
 @pytest.mark.vllm
