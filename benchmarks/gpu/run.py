@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import shape
-from works import EXPERIMENTS, WORKS, Context
+from works import EXPERIMENTS, ON_TWO_GPUS, WORKS, Context
 
 from character import cli
 from character.utils import UserError, git_commit, read_json, versions, write_json
@@ -32,7 +32,9 @@ HERE = Path(__file__).parent
 PATIENCE = 3
 # Lines of vLLM's log that are kept.
 TELLING = re.compile(
-    r"KV cache size|Maximum concurrency|torch.compile t|Graph capturing|model runner|FlashAttention ver"
+    r"KV cache size|Maximum concurrency|torch.compile t|Graph capturing|model runner|FlashAttention ver|"
+    r"Asynchronous scheduling|Auto-fit|ascade attention|Model loading took|init engine",
+    re.IGNORECASE,
 )
 
 
@@ -64,6 +66,12 @@ def chosen(only: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def gpus_for(side: str) -> list[str]:
+    """The GPUs that a side sees, first ones of those that are visible here: an engine would use all that it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    return visible[: 2 if side in ON_TWO_GPUS else 1]
+
+
 def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
     """One side in a process of its own: what it told, and how it ended."""
     told = folder / f"{work}.{side}.json"
@@ -73,6 +81,7 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
     command += ["--scale", str(args.scale), "--seconds", str(args.seconds), *(["--tiny"] if args.tiny else [])]
     # The engine otherwise keeps vLLM's log to itself.
     variables = {"VLLM_LOGGING_LEVEL": "INFO"} | os.environ
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_for(f"{work}.{side}"))
     if work == "start":
         variables["VLLM_CACHE_ROOT"] = str(folder / "cache")
     begun = time.perf_counter()

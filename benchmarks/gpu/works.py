@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ SAMPLING = Sampling()
 MEDIAN, SIGMA, MOST = 330, 0.6, 1024
 SYSTEM, MESSAGE = 950, 60
 SEED = 123456
+# More batch sizes with a CUDA graph: vLLM's own end at 512, and 1,024 sequences with the prompts that join them are more.
+GRAPHS = [*range(1, 9), *range(16, 513, 16), *range(576, 1537, 64)]
+# Sides that use two GPUs; every other one sees one.
+ON_TWO_GPUS = ("teacher.dp", "teacher.tp")
 
 
 @dataclass
@@ -222,8 +226,13 @@ def teacher_published(context: Context) -> None:
 
 def tell_rate(context: Context, tokens: int, seconds: float, requests: int) -> None:
     """Tell how fast new tokens came."""
+    context.tell(**rate_of(tokens, seconds, requests))
+
+
+def rate_of(tokens: int, seconds: float, requests: int) -> dict[str, float]:
+    """The figures of so many new tokens."""
     rate = tokens / seconds if seconds else 0.0
-    context.tell(requests=requests, tokens=tokens, seconds=round(seconds, 2), rate=round(rate, 1))
+    return {"requests": requests, "tokens": tokens, "seconds": round(seconds, 2), "rate": round(rate, 1)}
 
 
 class Measured(VLLMEngine):
@@ -262,7 +271,34 @@ def ours(
 
 def limited(length: int) -> Sampling:
     """The sampling of an answer that is to have so many tokens: random weights all but never end one themselves."""
-    return Sampling(SAMPLING.temperature, SAMPLING.top_p, SAMPLING.repetition_penalty, length)
+    return replace(SAMPLING, max_tokens=length)
+
+
+@dataclass
+class Asked:
+    """One request: a conversation, how its answer is sampled, and whether it is steered."""
+
+    messages: list[dict[str, str]]
+    sampling: Sampling
+    steering: Steering | None = None
+
+
+async def flow(engine: VLLMEngine, requests: list[Asked], tell: Callable[[int, float, int], None]) -> None:
+    """Have all requests answered, so many in flight as the engine asks for. tell: gets tokens, seconds and answers."""
+    tokens = done = 0
+    begun = time.perf_counter()
+    free = asyncio.Semaphore(engine.concurrency)
+
+    async def answer(each: Asked) -> None:
+        nonlocal tokens, done
+        async with free:
+            reply = await engine.reply(each.messages, each.sampling, steering=each.steering)
+        tokens += reply.completion_tokens
+        done += 1
+        if done % 128 == 0 or done == len(requests):
+            tell(tokens, time.perf_counter() - begun, done)
+
+    await asyncio.gather(*map(answer, requests))
 
 
 def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
@@ -296,21 +332,112 @@ def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
     ours(context, work, extra=extra)
 
 
+# Experiments: fewer and shorter answers, so that one takes about half a minute after the engine's start.
+
+TRIED, TRIED_MEDIAN = 1536, 130
+FIRST_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+# The shared prefix's keys and values are read once per batch; the first model runner has that.
+CASCADE: dict[str, Any] = {"disable_cascade_attn": False}
+
+
+def tried_requests(context: Context, times: int = 1, answers: int = 1, system: bool = True) -> list[Asked]:
+    """The teacher's requests in small. times: as many. answers: to each message. system: behind the system prompt."""
+    lengths = context.lengths(times * context.count(TRIED), TRIED_MEDIAN)
+    found = []
+    for number, length in enumerate(lengths):
+        text = context.text(number // answers, 10 if context.tiny else MESSAGE)
+        messages = conversation(context.system, text) if system else [{"role": "user", "content": text}]
+        found.append(Asked(messages, limited(length)))
+    return found
+
+
+def teacher_tried(context: Context, extra: dict[str, Any] | None = None, times: int = 1) -> None:
+    """The teacher's requests in small. extra: settings of the engine. times: as many requests."""
+
+    async def work(engine: VLLMEngine) -> None:
+        await flow(engine, tried_requests(context, times), functools.partial(tell_rate, context))
+
+    ours(context, work, extra=extra)
+
+
+def teacher_parts(context: Context) -> None:
+    """The project's engine, whose rate the other experiments compare with; and with one part of the work left out."""
+    ways: dict[str, tuple[list[Asked], dict[str, float]]] = {
+        "as it is": (tried_requests(context), {}),
+        "no system prompt": (tried_requests(context, system=False), {}),
+        "top-p 1": (tried_requests(context), {"top_p": 1.0}),
+        "greedy": (tried_requests(context), {"top_p": 1.0, "temperature": 0.0}),
+        "five answers to each message": (tried_requests(context, answers=5), {}),
+        "no repetition penalty": (tried_requests(context), {"repetition_penalty": 1.0}),
+    }
+
+    async def work(engine: VLLMEngine) -> None:
+        for way, (requests, change) in ways.items():
+            await engine._llm.reset_prefix_cache()
+            changed = [replace(each, sampling=replace(each.sampling, **change)) for each in requests]
+            await flow(engine, changed, lambda *figures, way=way: context.tell(**{way: rate_of(*figures)}))
+            context.tell(rate=context.told["as it is"]["rate"])
+
+    ours(context, work)
+
+
 def teacher_cascade(context: Context) -> None:
-    """An experiment: the shared prefix's keys and values are read once per batch (vLLM's first model runner has that)."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    teacher_ours(context, {"disable_cascade_attn": False})
+    """The shared prefix is read once per batch."""
+    os.environ |= FIRST_RUNNER
+    teacher_tried(context, CASCADE)
+
+
+def teacher_cascade_graphs(context: Context) -> None:
+    """The same, with graphs for the largest batches."""
+    os.environ |= FIRST_RUNNER
+    teacher_tried(context, CASCADE | {"cudagraph_capture_sizes": GRAPHS})
+
+
+def teacher_cascade_full(context: Context) -> None:
+    """All of the teacher's requests, as `teacher.ours` has them, with the shared prefix read once per batch."""
+    os.environ |= FIRST_RUNNER
+    teacher_ours(context, CASCADE)
 
 
 def teacher_runner1(context: Context) -> None:
-    """An experiment: vLLM's first model runner."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    teacher_ours(context)
+    """vLLM's first model runner alone."""
+    os.environ |= FIRST_RUNNER
+    teacher_tried(context)
+
+
+def teacher_graphs(context: Context) -> None:
+    """CUDA graphs for the largest batches too."""
+    teacher_tried(context, {"cudagraph_capture_sizes": GRAPHS})
+
+
+def teacher_half(context: Context) -> None:
+    """Half as many sequences at once, which vLLM's own CUDA graphs cover."""
+    teacher_tried(context, {"max_num_seqs": 512})
 
 
 def teacher_short(context: Context) -> None:
-    """An experiment: a context of 8,192 tokens in place of the model's."""
-    teacher_ours(context, {"max_model_len": 8192})
+    """A context of 8,192 tokens in place of the model's."""
+    teacher_tried(context, {"max_model_len": 8192})
+
+
+def teacher_fp8(context: Context) -> None:
+    """Weights in eight bits."""
+    teacher_tried(context, {"quantization": "fp8"})
+
+
+def teacher_fp8_cache(context: Context) -> None:
+    """Keys and values in eight bits."""
+    teacher_tried(context, {"kv_cache_dtype": "fp8"})
+
+
+def teacher_dp(context: Context) -> None:
+    """Twice the requests on two GPUs, each with a whole copy of the model."""
+    teacher_tried(context, {"tensor_parallel_size": 1, "data_parallel_size": 2}, times=2)
+
+
+def teacher_tp(context: Context) -> None:
+    """Twice the requests on two GPUs that share one copy, which then has room for twice the sequences."""
+    teacher_tried(context, {"tensor_parallel_size": 2, "data_parallel_size": 1, "max_num_seqs": 2048}, times=2)
 
 
 # Two copies talk.
@@ -384,9 +511,9 @@ def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> N
 
 
 def interaction_cascade(context: Context) -> None:
-    """An experiment, as for the teacher."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    interaction_ours(context, {"disable_cascade_attn": False})
+    """An experiment: the shared prefix is read once per batch."""
+    os.environ |= FIRST_RUNNER
+    interaction_ours(context, CASCADE)
 
 
 # Steered answers.
@@ -464,23 +591,10 @@ def steering_ours(context: Context) -> None:
     """The engine, which steers while a reply is written."""
     messages, lengths = steering_requests(context)
     steering = Steering(control_vector(context), 1.0)
+    requests = [Asked(*each, steering) for each in zip(messages, map(limited, lengths), strict=True)]
 
     async def work(engine: VLLMEngine) -> None:
-        tokens = done = 0
-        begun = time.perf_counter()
-        free = asyncio.Semaphore(engine.concurrency)
-
-        async def answer(message: list[dict[str, str]], length: int) -> None:
-            nonlocal tokens, done
-            async with free:
-                reply = await engine.reply(message, limited(length), steering=steering)
-            tokens += reply.completion_tokens
-            done += 1
-            if done % 128 == 0:
-                tell_rate(context, tokens, time.perf_counter() - begun, done)
-
-        await asyncio.gather(*map(answer, messages, lengths))
-        tell_rate(context, tokens, time.perf_counter() - begun, done)
+        await flow(engine, requests, functools.partial(tell_rate, context))
 
     ours(context, work, steered=True)
 
@@ -739,8 +853,8 @@ def truth_parts(context: Context) -> tuple[Path, Path]:
     return adapter, path
 
 
-def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...]) -> None:
-    """Greedy answers in each of these ways."""
+def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **precision: str) -> None:
+    """Greedy answers in each of these ways. precision: as for `open_engine`."""
     from character.engine import open_engine
 
     conversations = truth_requests(context)
@@ -748,7 +862,12 @@ def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...]) -> 
 
     async def run() -> None:
         engine = open_engine(
-            resolve("pocket"), engine=engine_name, seed=SEED, adapters=[adapter], steered="steered" in ways
+            resolve("pocket"),
+            engine=engine_name,
+            seed=SEED,
+            adapters=[adapter],
+            steered="steered" in ways,
+            precision=precision,
         )
         async with engine:
             answers = {}
@@ -782,8 +901,25 @@ def truth_transformers(context: Context) -> None:
     truth_answers(context, "transformers", (*PLAIN, *STEERED_WAYS))
 
 
+def truth_fp8(context: Context) -> None:
+    """vLLM's answers with weights in eight bits."""
+    truth_answers(context, "vllm", PLAIN, quantization="fp8")
+
+
+def truth_fp8_cache(context: Context) -> None:
+    """vLLM's answers with keys and values in eight bits."""
+    truth_answers(context, "vllm", PLAIN, kv_cache_dtype="fp8")
+
+
+def told_answers(context: Context, side: str) -> dict[str, list[str]]:
+    """way → the answers of a side; empty for one that did not run."""
+    path = context.out.with_name(f"truth.{side}.json")
+    found: dict[str, list[str]] = json.loads(path.read_text()).get("answers", {}) if path.exists() else {}
+    return found
+
+
 def truth_judged(context: Context) -> None:
-    """How often the two agree, and how near the two tokens were in float32 where they first part."""
+    """How often vLLM and transformers agree, 8 bits and 16, and how near two tokens were in float32 where they part."""
     import peft
     import torch
 
@@ -791,23 +927,23 @@ def truth_judged(context: Context) -> None:
 
     conversations = truth_requests(context)
     adapter, path = truth_parts(context)
-    answers = {
-        name: json.loads(context.out.with_name(f"truth.{name}.json").read_text())["answers"]
-        for name in ("vllm", "steered", "transformers")
-    }
-    first, second = answers["vllm"] | answers["steered"], answers["transformers"]
+    usual, expected = told_answers(context, "vllm"), told_answers(context, "transformers")
+    compared = [("", usual | told_answers(context, "steered"), expected)]
+    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache")]
 
     model = resolve("pocket")
     network, tokenizer = load_network(model)
     network = peft.PeftModel.from_pretrained(network.float(), str(adapter)).eval()
     chat = load_chat(model)
     vector = ControlVector.load(path)
-    for way in first:
+    for label, way, first, second in (
+        (label, way, ones[way], others[way]) for label, ones, others in compared for way in ones if way in others
+    ):
         steered = ControlModel(network, vector.directions)
         if "steered" in way:
             steered.set_control(vector, 1.0)
         equal, gaps, tokens, agreed = 0, [], 0, 0
-        for messages, one, other in zip(conversations, first[way], second[way], strict=True):
+        for messages, one, other in zip(conversations, first, second, strict=True):
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other)]
             common = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
             tokens += max(map(len, ids))
@@ -828,9 +964,9 @@ def truth_judged(context: Context) -> None:
             "equal": equal,
             "tokens before the first difference": round(agreed / max(1, tokens), 4),
             "largest float32 logit gap at a first difference": round(max(gaps, default=0.0), 4),
-            "distinct answers": len(set(first[way])),
+            "distinct answers": len(set(first)),
         }
-        context.tell(**{way: figures})
+        context.tell(**{label + way: figures})
 
 
 # work → side → what runs it. The first two sides make the ratio.
@@ -851,7 +987,21 @@ WORKS: dict[str, dict[str, Callable[[Context], None]]] = {
 }
 # What was tried: no part of the ratios, run by `--only teacher.cascade` and the like.
 EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
-    "teacher": {"cascade": teacher_cascade, "runner1": teacher_runner1, "short": teacher_short},
+    "teacher": {
+        "parts": teacher_parts,
+        "cascade": teacher_cascade,
+        "cascade_graphs": teacher_cascade_graphs,
+        "cascade_full": teacher_cascade_full,
+        "runner1": teacher_runner1,
+        "graphs": teacher_graphs,
+        "half": teacher_half,
+        "short": teacher_short,
+        "fp8": teacher_fp8,
+        "fp8_cache": teacher_fp8_cache,
+        "dp": teacher_dp,
+        "tp": teacher_tp,
+    },
     "interaction": {"cascade": interaction_cascade},
+    "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache},
     "dpo": {"compiled": dpo_compiled, "plain": dpo_plain, "recomputed": dpo_recomputed, "small": dpo_small},
 }

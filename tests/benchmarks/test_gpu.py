@@ -116,3 +116,21 @@ def test_a_ratio_needs_one_kind_of_gpu(script: Any) -> None:
     }
     script("run").add_ratios(works)
     assert works["dpo"]["ratio"] == 4.0 and "ratio" not in works["sft"] and "ratio" not in works["start"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "one", "two"),
+    [(None, "0", "0,1"), ("2,3", "2", "2,3"), ("GPU-ab,GPU-cd,GPU-ef", "GPU-ab", "GPU-ab,GPU-cd")],
+)
+def test_a_side_sees_one_gpu_or_two_of_those_that_are_visible(
+    visible: str | None, one: str, two: str, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    script("shape")
+    works = script("works")
+    run = script("run")
+    assert ",".join(run.gpus_for("teacher.ours")) == one
+    for side in works.ON_TWO_GPUS:
+        assert run.chosen([side]) and ",".join(run.gpus_for(side)) == two
