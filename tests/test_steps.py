@@ -1,6 +1,5 @@
 """The engine that the steps of one process share: when it is reused, when another one is opened, and that it is closed."""
 
-import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,7 @@ from character.rows import Row, Rows
 from character.utils import UserError
 
 MODEL = Model("tiny", "nowhere", "Tiny")
-ARGS = types.SimpleNamespace(
-    engine="auto", base_url=None, api_key_variable="KEY", seed=1, dry_run=False, tokens_per_second=None
-)
+ARGS = steps.GenerateArgs(api_key_variable="KEY", seed=1)
 FIRST, SECOND = Path("first"), Path("second")
 
 
@@ -58,7 +55,7 @@ def step(path: Path, model: Model = MODEL, adapters: Sequence[Path] = (), steere
         return (await engine.reply([{"role": "user", "content": row["prompt"]}], steps.Sampling())).row()
 
     job = steps.Job(Rows(path, [{"prompt": "Who?"}], {}, False), work, lambda row: 4, 10)
-    steps.generate([job], types.SimpleNamespace(**vars(ARGS) | flags), model, adapters, steered)
+    steps.generate([job], replace(ARGS, **flags), model, adapters, steered)
 
 
 def test_a_step_alone_opens_and_closes_its_engine(engines: Engines, tmp_path: Path) -> None:
