@@ -17,6 +17,10 @@ from character.utils import UserError
 
 # A rough rule for a dry run, which loads no tokenizer: characters of English per token.
 CHARACTERS_PER_TOKEN = 4
+# How long replies are in the mean, as a share of the most tokens that they may have.
+MEAN_REPLY = 0.4
+# Rows in flight, however little memory there is: a GPU that writes fewer replies at once is hardly faster at each.
+FEWEST_ROWS = 16
 
 
 @dataclass
@@ -211,14 +215,33 @@ async def _generate(
         "precision": precision_of(args),
     }
     engine = await kept.open(model, adapters, options)
-    share = max(1, engine.concurrency // len(jobs))
     results = await asyncio.gather(
-        *(job.rows.fill(_bound(job, engine), concurrency=share, info=lambda: asdict(engine.info)) for job in jobs),
+        *(
+            job.rows.fill(
+                _bound(job, engine),
+                concurrency=rows_at_once(engine, job.replies, job.max_tokens, len(jobs)),
+                info=lambda: asdict(engine.info),
+            )
+            for job in jobs
+        ),
         return_exceptions=True,
     )
     for result in results:
         if isinstance(result, BaseException):
             raise result
+
+
+def rows_at_once(engine: Engine, replies: int, max_tokens: int, jobs: int = 1) -> int:
+    """Rows of one of so many files in flight: as many as keep the engine busy. replies: of a row. max_tokens: of a reply.
+
+    A row of several replies comes back with a longer prompt each time. What was computed of it is reused only while its
+    keys and values are in memory, of both speakers' views of what was said: half of all in the mean over a conversation.
+    """
+    share = max(1, engine.concurrency // jobs)
+    if engine.room is None or replies == 1:
+        return share
+    held = MEAN_REPLY * max_tokens * replies
+    return min(share, max(FEWEST_ROWS, int(engine.room / jobs / held)))
 
 
 def _bound(job: Job, engine: Engine) -> Callable[[Row], Awaitable[Row]]:

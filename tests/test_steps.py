@@ -41,6 +41,24 @@ class Engines:
         return Recorder(model, lambda *_: "Aye.")
 
 
+@pytest.mark.parametrize(
+    ("room", "replies", "jobs", "expected"),
+    [
+        (None, 10, 1, 1280),
+        (400_000, 1, 1, 1280),
+        (400_000, 10, 1, 97),
+        (400_000, 10, 2, 48),
+        (400_000, 10, 100, 12),
+        (24_000, 10, 1, 16),
+        (40_000_000, 10, 1, 1280),
+    ],
+)
+def test_rows_of_several_replies_keep_their_prefixes(room: int | None, replies: int, jobs: int, expected: int) -> None:
+    engine = Scripted(MODEL, lambda *_: "Aye.")
+    engine.concurrency, engine.room = 1280, room
+    assert steps.rows_at_once(engine, replies, 1024, jobs) == expected
+
+
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     found = Engines()

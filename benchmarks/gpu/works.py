@@ -27,6 +27,7 @@ from character.engine.vllm import CPU_DEFAULTS, VLLMEngine
 from character.introspection.self_interaction import view
 from character.models import Model, resolve
 from character.rows import Row, Rows
+from character.steps import rows_at_once
 from character.utils import write_json
 
 # The published scripts' way: so many sequences at once, and no prefix caching.
@@ -40,7 +41,7 @@ MEDIAN, SIGMA, MOST = 330, 0.6, 1024
 SYSTEM, MESSAGE = 950, 60
 SEED = 123456
 # More batch sizes with a CUDA graph: vLLM's own end at 512, and 1,024 sequences with the prompts that join them are more.
-GRAPHS = [*range(1, 9), *range(16, 513, 16), *range(576, 1537, 64)]
+GRAPHS = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(320, 1537, 64)]
 # Sides that use two GPUs; every other one sees one.
 ON_TWO_GPUS = ("teacher.dp", "teacher.tp")
 
@@ -482,15 +483,17 @@ def seen(context: Context, turns: list[str]) -> list[dict[str, str]]:
     return [{"role": "system", "content": context.system + opened}, *messages]
 
 
-def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
-    """Each conversation goes on at its own pace."""
+def interaction_ours(context: Context, extra: dict[str, Any] | None = None, fitting: bool = True) -> None:
+    """Each conversation goes on at its own pace. fitting: no more at once than the memory keeps prefixes of."""
     lengths = talk_lengths(context)
     adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
 
     async def work(engine: VLLMEngine) -> None:
         tokens, done = 0, 0
         begun = time.perf_counter()
-        free = asyncio.Semaphore(engine.concurrency)
+        at_once = rows_at_once(engine, TURNS if fitting else 1, context.most)
+        free = asyncio.Semaphore(at_once)
+        context.tell(room=engine.room, at_once=at_once)
 
         async def talk(each: list[int]) -> None:
             nonlocal tokens, done
@@ -516,9 +519,23 @@ def interaction_cascade(context: Context) -> None:
     interaction_ours(context, CASCADE)
 
 
+# As at the paper's size, all conversations together need three times the keys and values that fit.
+TIGHT = {"num_gpu_blocks_override": 6250}
+
+
+def interaction_tight(context: Context) -> None:
+    """An experiment: memory for a third of the conversations, and as many at once as it keeps the prefixes of."""
+    interaction_ours(context, TIGHT)
+
+
+def interaction_tight_all(context: Context) -> None:
+    """The same with all conversations at once."""
+    interaction_ours(context, TIGHT, fitting=False)
+
+
 # Steered answers.
 
-STEERED = 768
+STEERED = 2048
 
 
 def control_vector(context: Context) -> Path:
@@ -1001,7 +1018,11 @@ EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
         "dp": teacher_dp,
         "tp": teacher_tp,
     },
-    "interaction": {"cascade": interaction_cascade},
+    "interaction": {
+        "cascade": interaction_cascade,
+        "tight": interaction_tight,
+        "tight_all": interaction_tight_all,
+    },
     "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache},
     "dpo": {"compiled": dpo_compiled, "plain": dpo_plain, "recomputed": dpo_recomputed, "small": dpo_small},
 }

@@ -91,11 +91,13 @@ class Info:
 class Engine(abc.ABC):
     """One way to get a reply. Thousands of `reply` calls may wait at once; the engine batches them.
 
-    concurrency: how many calls in flight keep the engine busy. continues_prefill: whether a reply really goes on from
-    its prefill; else the prefill's text stands at the end of the system prompt.
+    concurrency: how many calls in flight keep the engine busy. room: the tokens whose keys and values fit at once, where
+    that is known. continues_prefill: whether a reply really goes on from its prefill; else the prefill's text stands at
+    the end of the system prompt.
     """
 
     concurrency: int = 256
+    room: int | None = None
     continues_prefill: bool = True
 
     def __init__(self, model: Model):

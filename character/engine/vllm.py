@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,8 @@ ADAPTERS_SHARE = 0.1
 MAX_ADAPTERS_IN_BATCH = 16
 # From this much memory on, a GPU takes 1,024 sequences at once.
 LARGE_GPU = 70e9
+# Messages from which on a conversation's beginning differs from others': a system prompt and greetings are shared.
+LONGER = 4
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
 # GiB for keys and values; and no compiler is needed, nor half a minute of compiling before the first sample.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "TORCH_COMPILE_DISABLE": "1"}
@@ -98,6 +101,7 @@ class VLLMEngine(Engine):
         await asyncio.sleep(0)  # a Ctrl-C so far takes effect here, not after the launch
         await self._launch(folder, config, ranks)
         chat.context = self._context(config)
+        self.room = self._room()
         self.chat = chat
         if folder.parent.name == "snapshots":
             self.info.revision = folder.name
@@ -186,6 +190,10 @@ class VLLMEngine(Engine):
             self.info.notes.append(f"context of {context} tokens instead of {limit}: what the memory allows")
         return min(context, limit)
 
+    def _room(self) -> int:
+        found = self._llm.vllm_config
+        return int(found.cache_config.kv_cache_size_tokens * found.parallel_config.data_parallel_size)
+
     async def _load(self, adapter: Path) -> None:
         from vllm.lora.request import LoRARequest
 
@@ -265,7 +273,10 @@ class VLLMEngine(Engine):
                 # What the prefix cache holds was computed with one steering, and is reused with this one alone.
                 inputs["cache_salt"] = mark
             lora = self._loras[adapter] if adapter is not None else None
-            async for output in self._llm.generate(inputs, parameters, name, lora_request=lora):
+            answering = self._llm.generate(
+                inputs, parameters, name, lora_request=lora, data_parallel_rank=self._replica(messages)
+            )
+            async for output in answering:
                 last = output
                 if pieces:
                     pieces.update(self._text(output.outputs[0]))
@@ -278,6 +289,14 @@ class VLLMEngine(Engine):
         if completion.finish_reason not in ("stop", "length"):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
+
+    def _replica(self, messages: list[Message]) -> int | None:
+        """Which copy of the model answers: a longer conversation's own, which has its beginning; else None, the idlest."""
+        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
+        if replicas == 1 or len(messages) < LONGER:
+            return None
+        beginning = "".join(message["content"] for message in messages[: LONGER - 1])
+        return int(zlib.crc32(beginning.encode()) % replicas)
 
     async def _steering(self, steering: Steering) -> int:
         """The number of a steering, which vLLM's processes learn at its first use. Raises UserError."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,22 @@ def test_versions_that_are_known(version: str, known: bool, tmp_path: Path, monk
     ) != known
     gone = explained("", tmp_path, error=AttributeError("vllm has no AsyncEngineArgs"))
     assert f"vLLM {version} could not start: vllm has no AsyncEngineArgs; known to work: 0.26 to 0.29" in gone
+
+
+def test_a_conversation_stays_with_one_copy_of_the_model() -> None:
+    engine = VLLMEngine(Model("some", "some/model", "Some"), 0)
+
+    def replica(replicas: int, *said: str) -> int | None:
+        parallel = SimpleNamespace(data_parallel_size=replicas)
+        engine._llm = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        return engine._replica([{"role": "user", "content": text} for text in said])
+
+    assert replica(1, "be kind", "hello", "hi", "so?") is None
+    assert replica(4, "be kind", "hello") is None, "nothing to find again"
+    turns = [("be kind", "hello", f"I am {number}", "so?") for number in range(400)]
+    chosen = [replica(4, *said) for said in turns]
+    assert chosen == [replica(4, *said, "well", "then") for said in turns]
+    assert min(map(chosen.count, range(4))) > 70
 
 
 def test_a_validation_error_becomes_one_line() -> None:
@@ -384,6 +401,7 @@ def engine(
 @pytest.mark.vllm
 def test_the_context_is_the_models(engine: VLLMEngine) -> None:
     assert engine.chat.context == 512
+    assert engine.room and engine.room > 10_000
     assert engine.info.notes == []
     assert len(engine._loras) == 2
 
