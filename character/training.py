@@ -1,7 +1,9 @@
 """What both training steps share: settings, the LoRA on the student, the Trainer's arguments, and what is kept of a run."""
 
 import contextlib
+import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -25,7 +27,7 @@ MEMORY_SHARE = 0.92
 # Bytes for what does not grow with the rows: the driver, workspaces, a tile of logits.
 MEMORY_APART = 2e9
 # Fewer tokens at once do not keep a GPU busy, so that recomputing activations to have more is faster; more than the
-# second number bring nothing but padding.
+# second number bring nothing.
 MIN_TOKENS, MAX_TOKENS = 4096, 16384
 # Cards that a dry run speaks of, by their GB.
 CARDS = (24, 48, 80, 141)
@@ -51,7 +53,7 @@ class TrainArgs(cli.StepArgs):
     epochs: float = cli.flag(1.0, "passes over the data")
     batch_size: int = cli.flag(32, "rows per optimizer step, over all GPUs")
     micro_batch_size: int | None = cli.flag(
-        None, f"rows per GPU at once (default: as many as its memory takes; {CPU_MICRO_BATCH} on a CPU)"
+        None, f"rows per GPU at once (default: as many tokens as its memory takes; {CPU_MICRO_BATCH} on a CPU)"
     )
     gradient_checkpointing: bool | None = cli.flag(
         None, "recompute activations on a GPU: slower, much less memory (default: where the memory demands it)"
@@ -70,11 +72,19 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def trainer_arguments(args: TrainArgs, at_once: tuple[int, bool], folder: Path, rows_in: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AtOnce:
+    """What a process has in memory at once: so many rows, or of so many rows as many as have so many tokens."""
+
+    rows: int
+    tokens: int | None = None
+    recomputed: bool = False
+
+
+def trainer_arguments(args: TrainArgs, at_once: AtOnce, folder: Path, rows_in: int) -> dict[str, Any]:
     """Arguments that transformers' Trainer and TRL's share. at_once: what `micro_batch_of` gives."""
     import torch
 
-    micro_batch, checkpointing = at_once
     if args.report_to != "none":
         if importlib.util.find_spec(args.report_to) is None:
             raise UserError(f"{args.report_to} is not installed; pip install {args.report_to}, or --report-to none")
@@ -85,8 +95,8 @@ def trainer_arguments(args: TrainArgs, at_once: tuple[int, bool], folder: Path, 
     steps = max(1, math.ceil(rows_in * args.epochs / args.batch_size))
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": args.batch_size // (micro_batch * world_size()),
+        "per_device_train_batch_size": at_once.rows,
+        "gradient_accumulation_steps": args.batch_size // (at_once.rows * world_size()),
         "num_train_epochs": args.epochs,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -98,9 +108,12 @@ def trainer_arguments(args: TrainArgs, at_once: tuple[int, bool], folder: Path, 
         "max_grad_norm": args.max_grad_norm,
         "bf16": cuda,
         "use_cpu": not cuda,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": at_once.recomputed,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": cuda,
+        # Every LoRA weight is used in every pass, and no buffer ever changes.
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "use_liger_kernel": cuda and fused_kernels(),
         "seed": args.seed,
         "logging_steps": 1,
@@ -113,35 +126,52 @@ def trainer_arguments(args: TrainArgs, at_once: tuple[int, bool], folder: Path, 
     }
 
 
-def micro_batch_of(args: TrainArgs, model: Model, network: Any, row_tokens: int) -> tuple[int, bool]:
-    """(rows per process at once, whether activations are recomputed): as the flags say, or what the GPU's memory takes.
+def on_gpu(network: Any) -> Any:
+    """The network on this process's own GPU, where there is one."""
+    import torch
 
-    row_tokens: of the longest row. Raises UserError where the batch does not divide or not even one row fits.
+    if torch.cuda.is_available():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        network.to("cuda")
+    return network
+
+
+def micro_batch_of(args: TrainArgs, model: Model, network: Any, row_tokens: int, packed: bool = False) -> AtOnce:
+    """What is in memory at once: as the flags say, or what the GPU's memory takes.
+
+    network: on the GPU, where there is one. row_tokens: of the longest row. packed: every row is that long.
+    Raises UserError where the batch does not divide or not even one row fits.
     """
     import torch
 
     processes = world_size()
-    micro_batch, checkpointing = args.micro_batch_size or CPU_MICRO_BATCH, False
+    at_once = AtOnce(args.micro_batch_size or CPU_MICRO_BATCH)
     if torch.cuda.is_available():
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
         free, whole = torch.cuda.mem_get_info()
+        # Packed rows are counted alike by all processes, whose GPUs may be filled unequally.
+        memory = whole if packed and processes > 1 else free + torch.cuda.memory_reserved()
         need = memory_need(network.config.get_text_config(), network.get_memory_footprint(), args.rank, fused_kernels())
-        most = max(1, args.batch_size // processes)
-        flags = (args.micro_batch_size, args.gradient_checkpointing)
-        # Other processes of this run may have begun to fill theirs, and all must choose alike.
-        memory = free if processes == 1 else whole
         try:
-            micro_batch, checkpointing = fitting(memory, need, row_tokens, most, *flags)
+            tokens, recomputed = fitting(memory, need, row_tokens, args.micro_batch_size, args.gradient_checkpointing)
         except UserError as error:
             raise UserError(
                 f"{model.source}: {error}; this GPU has {memory / 1e9:.0f} of {whole / 1e9:.0f} GB free; use another, or a smaller model"
             ) from None
-    if args.batch_size % (micro_batch * processes):
+        most = max(1, args.batch_size // processes)
+        if packed:
+            fit = max(rows for rows in range(1, most + 1) if most % rows == 0 and rows * row_tokens <= tokens)
+            at_once = AtOnce(args.micro_batch_size or fit, None, recomputed)
+        elif args.micro_batch_size:
+            at_once = AtOnce(args.micro_batch_size, None, recomputed)
+        else:
+            at_once = AtOnce(most, tokens, recomputed)
+    if args.batch_size % (at_once.rows * processes):
         raise UserError(
-            f"--batch-size {args.batch_size} is no multiple of {micro_batch * processes} "
-            f"(--micro-batch-size {micro_batch} on {processes} processes); change one of them"
+            f"--batch-size {args.batch_size} is no multiple of {at_once.rows * processes} "
+            f"(--micro-batch-size {at_once.rows} on {processes} processes); change one of them"
         )
-    return micro_batch, checkpointing
+    return at_once
 
 
 @dataclass(frozen=True)
@@ -172,31 +202,25 @@ def fitting(
     memory: float,
     need: MemoryNeed,
     row_tokens: int,
-    most: int,
     micro_batch: int | None = None,
     checkpointing: bool | None = None,
 ) -> tuple[int, bool]:
-    """(rows at once, whether activations are recomputed) on a GPU of so many bytes; `most` rows must divide by the first.
+    """(tokens at once, whether activations are recomputed) on a GPU of so many bytes; the longest row fits.
 
-    Recomputing comes in where too few rows fit without it. micro_batch, checkpointing: as asked for. Raises UserError.
+    Recomputing comes in where too few tokens fit without it. micro_batch, checkpointing: as asked for. Raises UserError.
     """
     room = MEMORY_SHARE * memory - MEMORY_APART - need.held
-    tried = [n for n in range(1, most + 1) if most % n == 0 and n * row_tokens <= max(MAX_TOKENS, row_tokens)]
-    if micro_batch:
-        tried = [micro_batch]
-    plain, recomputed = (
-        max((n for n in tried if n * row_tokens * token <= room), default=0)
-        for token in (need.token, need.token_recomputed)
-    )
+    plain, recomputed = (int(room / token) for token in (need.token, need.token_recomputed))
+    asked = micro_batch * row_tokens if micro_batch else 0
     if checkpointing is None:
-        checkpointing = plain * row_tokens < MIN_TOKENS and (recomputed > plain or not plain)
+        checkpointing = plain < (asked or max(row_tokens, MIN_TOKENS))
     # Who names a micro-batch may try it, whatever is estimated here.
-    chosen = micro_batch or (recomputed if checkpointing else plain)
-    if not chosen:
+    tokens = asked or min(recomputed if checkpointing else plain, max(MAX_TOKENS, row_tokens))
+    if tokens < row_tokens:
         least = need.token_recomputed if checkpointing else need.token
         gigabytes = (need.held + row_tokens * least + MEMORY_APART) / MEMORY_SHARE / 1e9
         raise UserError(f"training needs a GPU with {gigabytes:.0f} GB free for rows of {row_tokens} tokens")
-    return chosen, checkpointing
+    return tokens, checkpointing
 
 
 def fused_kernels() -> bool:
@@ -208,12 +232,14 @@ class ByLength:
     """A random order of rows in which those of one optimizer step stand by length, so that little is padding.
 
     Which rows a step has is left to chance, so what is learned stays the same. lengths: of each row, in tokens.
+    hands: processes that a step's rows are dealt to, like cards; each then has as many long ones as the next.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, hands: int = 1):
         self.lengths = lengths
         self.batch = batch
         self.seed = seed
+        self.hands = hands
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -226,28 +252,168 @@ class ByLength:
         order = list(range(len(self.lengths)))
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
         for start in range(0, len(order), self.batch):
-            yield from sorted(order[start : start + self.batch], key=lambda row: -self.lengths[row])
+            step = sorted(order[start : start + self.batch], key=lambda row: -self.lengths[row])
+            for hand in range(self.hands):
+                yield from step[hand :: self.hands]
 
     epoch = 0
 
 
-def speed_up(trainer: Any, lengths: Sequence[int], batch: int) -> None:
-    """Leave out what costs a GPU time and changes no result. lengths: of the trainer's rows, in tokens."""
+def speed_up(trainer: Any, lengths: Sequence[int], batch: int, tokens: int | None = None, sides: int = 1) -> None:
+    """Leave out what costs a GPU time and changes no result.
+
+    lengths: of the trainer's rows, in tokens. tokens: how many are in memory at once; then a process is given its rows
+    of a whole step. sides: sequences per row.
+    """
     from character.engine.transformers import attends_plainly
 
-    sampler = ByLength(lengths, batch, trainer.args.seed)
+    sampler = ByLength(lengths, batch, trainer.args.seed, world_size() if tokens else 1)
     trainer._get_train_sampler = lambda _dataset=None: sampler
-    for module in trainer.model.modules():
-        # Autocast brings the adapter's weights to its inputs' type; casting the inputs to theirs first is wasted.
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+    fuse_lora(trainer.model)
     network = trainer.model.get_base_model()
-    if attends_plainly(network):
+    unpadded = attends_plainly(network)
+    if unpadded:
         Unpadded(network)
+    if tokens:
+        trainer.training_step = Parts(trainer, tokens, sides, padded=not unpadded)
+
+
+class Parts:
+    """A Trainer's step over all rows that a process has of it, a part at a time: as many rows as have `tokens` tokens.
+
+    The gradient is that of all rows at once. padded: a row takes as many tokens as the longest in its part.
+    """
+
+    def __init__(self, trainer: Any, tokens: int, sides: int, padded: bool):
+        self.trainer = trainer
+        self.tokens = tokens
+        self.sides = sides
+        self.padded = padded
+
+    def __call__(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The step's loss. Each value of inputs: (sides × rows, length), one side after the other."""
+        trainer = self.trainer
+        model.train()
+        inputs = trainer._prepare_inputs(inputs)
+        lengths = inputs["attention_mask"].sum(dim=1).unflatten(0, (self.sides, -1)).T.tolist()
+        parts = self._divided(lengths)
+        whole = 0.0
+        for number, part in enumerate(parts):
+            longest = max(max(lengths[row]) for row in part)
+            given = {
+                name: value.unflatten(0, (self.sides, -1))[:, part, :longest].flatten(0, 1)
+                for name, value in inputs.items()
+            }
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else trainer.accelerator.no_sync(model):
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(model, given, num_items_in_batch=num_items_in_batch)
+                if num_items_in_batch is None:
+                    loss = loss * (len(part) / len(lengths))
+                trainer.accelerator.backward(loss)
+            whole += loss.detach()
+        for values in trainer._metrics["train"].values():
+            if len(values) == len(parts):
+                values[:] = [sum(value * len(part) for value, part in zip(values, parts, strict=True)) / len(lengths)]
+        return whole
+
+    def _divided(self, lengths: list[list[int]]) -> list[list[int]]:
+        """The rows of each part, as many parts in every process."""
+        import torch
+
+        parts: list[list[int]] = [[]]
+        for row in range(len(lengths)):
+            if parts[-1] and self._taken(lengths, [*parts[-1], row]) > self.tokens:
+                parts.append([])
+            parts[-1].append(row)
+        count = torch.tensor([len(parts)], device=self.trainer.accelerator.device)
+        most = int(self.trainer.accelerator.gather(count).max())
+        while len(parts) < most:
+            largest = max(parts, key=len)
+            place = parts.index(largest)
+            parts[place : place + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return parts
+
+    def _taken(self, lengths: list[list[int]], rows: list[int]) -> int:
+        """Tokens that rows take together."""
+        each = [length for row in rows for length in lengths[row]]
+        return len(each) * max(each) if self.padded else sum(each)
+
+
+@contextlib.contextmanager
+def switched_off(layers: Sequence[Any]) -> Iterator[None]:
+    """Within the block these layers of PEFT leave their adapters out.
+
+    `disable_adapter` of the whole network looks at every weight first, a tenth of a second in which a GPU waits.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def fuse_lora(network: Any) -> None:
+    """Have the adapter on each linear layer added within its matrix products: the same values, fewer passes over memory.
+
+    network: of PEFT, with one LoRA adapter as `lora_config` makes it.
+    """
+    import peft
+    import torch
+
+    for module in network.modules():
+        if isinstance(module, peft.tuners.lora.Linear) and type(module.base_layer) is torch.nn.Linear:
+            module.forward = functools.partial(_lora_linear, _fused_lora(), module)
+
+
+def _lora_linear(function: Any, module: Any, x: Any) -> Any:
+    """What PEFT's LoRA layer gives. function: `_fused_lora`'s."""
+    if module.disable_adapters:
+        return module.base_layer(x)
+    (name,) = module.active_adapters
+    base, a, b = module.base_layer, module.lora_A[name], module.lora_B[name]
+    return function.apply(x, base.weight, base.bias, a.weight, b.weight, module.scaling[name])
+
+
+@functools.cache
+def _fused_lora() -> Any:
+    """The autograd function of a frozen linear layer with LoRA: x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ."""
+    import torch
+
+    class FusedLora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) -> Any:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            x, weight = x.to(dtype), weight.to(dtype)
+            flat = x.reshape(-1, x.shape[-1])
+            small, large = a.to(dtype), (scaling * b).to(dtype)
+            inner = flat @ small.T
+            out = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(dtype))
+            out.addmm_(inner, large.T)
+            ctx.save_for_backward(flat, inner, weight, small, large)
+            ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (a.dtype, b.dtype)
+            return out.view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            flat, inner, weight, small, large = ctx.saved_tensors
+            gradient = gradients[0].reshape(-1, weight.shape[0])
+            through = gradient @ large
+            to_a = (through.T @ flat).to(ctx.types[0])
+            to_b = ctx.scaling * (gradient.T @ inner).to(ctx.types[1])
+            to_x = None
+            if ctx.needs_input_grad[0]:
+                to_x = (gradient @ weight).addmm_(through, small).view(ctx.shape)
+            return to_x, None, None, to_a, to_b, None
+
+    return FusedLora
 
 
 class Unpadded:
-    """Runs a network's layers on a batch's tokens without its padding; attention alone sees rows, padded on the right.
+    """Runs a network on a batch's tokens without its padding, on the right of each row.
 
     network: a causal language model of transformers; it gets batches with an attention mask from now on.
     """
@@ -262,9 +428,12 @@ class Unpadded:
         network.base_model.register_forward_hook(self._leave)
 
     def _enter(self, _module: Any, words: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        import torch
+
         mask = named["attention_mask"]
         self.shape = mask.shape
         self.places = mask.flatten().nonzero()[:, 0]
+        self.borders = torch.nn.functional.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
         positions = (mask.cumsum(dim=1) - 1).flatten()[self.places]
         ids = named["input_ids"].flatten()[self.places]
         return words, named | {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
@@ -279,17 +448,35 @@ class Unpadded:
         whole = tokens.new_zeros(rows * length, *tokens.shape[1:])
         return whole.index_copy(0, self.places, tokens).view(rows, length, *tokens.shape[1:])
 
-    def _attention(
-        self, _module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float | None = None, **_: Any
-    ) -> tuple[Any, None]:
-        """Attention within each row. query: (1, heads, tokens, width); keys and values may have fewer heads."""
+    def _attention(self, _module: Any, *parts: Any, scaling: float | None = None, **_: Any) -> tuple[Any, None]:
+        """Attention within each row. parts: query, key, value, of (1, heads, tokens, width), and a mask.
+
+        Keys and values may have fewer heads.
+        """
         import torch
 
-        query, key, value = (self._padded(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = (part[0].transpose(0, 1) for part in parts[:3])
+        kernel = query.is_cuda and query.dtype != torch.float32
+        return (self._by_borders if kernel else self._by_rows)(query, key, value, scaling)[None], None
+
+    def _by_borders(self, query: Any, key: Any, value: Any, scaling: float | None) -> Any:
+        """Through a kernel that takes tokens and where each row begins."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Before torch 2.12 keys and values may have fewer heads unasked.
+        asked = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        ends, length = self.borders, self.shape[1]
+        return varlen_attn(query, key, value, ends, ends, length, length, scale=scaling, window_size=(-1, 0), **asked)
+
+    def _by_rows(self, query: Any, key: Any, value: Any, scaling: float | None) -> Any:
+        """On rows with their padding."""
+        import torch
+
+        query, key, value = (self._padded(part).transpose(1, 2) for part in (query, key, value))
         found = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
-        return found.transpose(1, 2).flatten(0, 1)[self.places][None], None
+        return found.transpose(1, 2).flatten(0, 1)[self.places]
 
 
 def lora_config(model: Model, args: TrainArgs) -> Any:
@@ -359,12 +546,12 @@ def footprint(args: TrainArgs, model: Model, longest: int) -> str:
         fits = []
         for card in CARDS:
             try:
-                each, again = fitting(1e9 * card, need, longest, args.batch_size, None, args.gradient_checkpointing)
+                tokens, again = fitting(1e9 * card, need, longest, None, args.gradient_checkpointing)
             except UserError:
                 fits.append(f"{card} GB none")
             else:
-                fits.append(f"{card} GB {each}{' recomputing' if again else ''}")
-        rest = f"a card takes at once: {', '.join(fits)} (from {gigabytes(1, need.token_recomputed)} on)"
+                fits.append(f"{card} GB {tokens:,}{' recomputing' if again else ''}")
+        rest = f"tokens that a card takes at once: {', '.join(fits)} (from {gigabytes(1, need.token_recomputed)} on)"
     # In float32 the adapter has 4 of the 16 bytes that it has on the GPU; a checkpoint has Adam's two moments too, and the
     # one before goes when the next is whole.
     adapter = (need.held - weights) / 4
@@ -423,10 +610,10 @@ def _train(trainer: Any, output: Path, settings: Mapping[str, Any], overwrite: b
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory is too small for --micro-batch-size "
-            f"{trainer.args.per_device_train_batch_size}; lower it, or keep --gradient-checkpointing"
-        ) from None
+        tokens = getattr(trainer.training_step, "tokens", None)
+        rows_at_once = f"--micro-batch-size {trainer.args.per_device_train_batch_size}; lower it"
+        taken = f"{tokens:,} tokens at once; set --micro-batch-size" if tokens else rows_at_once
+        raise UserError(f"the GPU's memory is too small for {taken}, or use --gradient-checkpointing") from None
     if not is_main():
         return
     steps = trainer.state.global_step
@@ -453,6 +640,7 @@ def device_of(trainer: Any) -> dict[str, Any]:
         "name": torch.cuda.get_device_name() if cuda else "cpu",
         "processes": world_size(),
         "micro_batch_size": trainer.args.per_device_train_batch_size,
+        "tokens_at_once": getattr(trainer.training_step, "tokens", None),
         "gradient_checkpointing": trainer.args.gradient_checkpointing,
         "liger_kernel": trainer.args.use_liger_kernel,
         "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import peft
 import pytest
 
 from character import training
 from character.distillation import train
+from character.engine.transformers import load_network
+from character.introspection import train as sft
 from character.models import Model, resolve
-from character.training import MemoryNeed, fitting, memory_need
+from character.training import AtOnce, MemoryNeed, fitting, memory_need
 from character.utils import UserError
 
 GB = 1e9
@@ -39,37 +42,44 @@ def test_what_an_8b_model_holds(need: MemoryNeed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "row", "expected"),
+    ("memory", "row", "least", "most", "recomputed"),
     [
-        (150, DPO_ROW, (8, False)),
-        (84, DPO_ROW, (4, False)),
-        (84, SFT_ROW, (2, False)),
-        (50, DPO_ROW, (2, False)),
-        (40, DPO_ROW, (8, True)),
-        (25, DPO_ROW, (2, True)),
+        (150, DPO_ROW, 16384, 16384, False),
+        (84, DPO_ROW, 10000, 12000, False),
+        (84, SFT_ROW, 10000, 12000, False),
+        (50, DPO_ROW, 4096, 6000, False),
+        (40, DPO_ROW, 16384, 16384, True),
+        (25, DPO_ROW, 4096, 6000, True),
     ],
 )
-def test_the_batch_is_divided_by_memory(memory: int, row: int, expected: tuple[int, bool], need: MemoryNeed) -> None:
-    assert fitting(memory * GB, need, row, 32) == expected
+def test_what_is_there_at_once_follows_from_memory(
+    memory: int, row: int, least: int, most: int, recomputed: bool, need: MemoryNeed
+) -> None:
+    tokens, chosen = fitting(memory * GB, need, row)
+    assert least <= tokens <= most and chosen == recomputed
 
 
-def test_the_division_divides_and_is_never_more_than_asked(need: MemoryNeed) -> None:
-    for most in (1, 3, 6, 16, 31):
-        rows, _ = fitting(150 * GB, need, DPO_ROW, most)
-        assert most % rows == 0 and rows * DPO_ROW <= training.MAX_TOKENS
+def test_the_longest_row_fits_or_is_refused(need: MemoryNeed) -> None:
+    for memory in range(20, 160, 4):
+        try:
+            tokens, _ = fitting(memory * GB, need, 9000)
+        except UserError:
+            assert memory < 40
+        else:
+            assert tokens >= 9000
 
 
 def test_flags_win(need: MemoryNeed) -> None:
-    assert fitting(150 * GB, need, DPO_ROW, 32, micro_batch=2) == (2, False)
-    assert fitting(150 * GB, need, DPO_ROW, 32, checkpointing=True) == (8, True)
-    assert fitting(50 * GB, need, DPO_ROW, 32, checkpointing=False) == (2, False)
+    assert fitting(150 * GB, need, DPO_ROW, micro_batch=2) == (2 * DPO_ROW, False)
+    assert fitting(150 * GB, need, DPO_ROW, checkpointing=True) == (training.MAX_TOKENS, True)
+    assert not fitting(50 * GB, need, DPO_ROW, checkpointing=False)[1]
     # Too many by the estimate: tried all the same, with what saves memory.
-    assert fitting(30 * GB, need, DPO_ROW, 32, micro_batch=16) == (16, True)
+    assert fitting(30 * GB, need, DPO_ROW, micro_batch=16) == (16 * DPO_ROW, True)
 
 
 def test_a_gpu_that_is_too_small_is_told_what_would_fit(need: MemoryNeed) -> None:
     with pytest.raises(UserError, match=r"needs a GPU with 24 GB free for rows of 2048 tokens"):
-        fitting(20 * GB, need, DPO_ROW, 32)
+        fitting(20 * GB, need, DPO_ROW)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b-it", "qwen-2.5-7b-it", "qwen-2.5-72b-it", "gemma-3-4b-it"])
@@ -82,8 +92,8 @@ def test_a_dry_run_computes_memory_and_disk(name: str, monkeypatch: pytest.Monke
     assert said.startswith(f"{needs.held / GB:.1f} GB of GPU memory")
     for card in training.CARDS:
         try:
-            rows, recomputed = fitting(card * GB, needs, DPO_ROW, 32)
-            assert f"{card} GB {rows}{' recomputing' if recomputed else ''}" in said
+            tokens, recomputed = fitting(card * GB, needs, DPO_ROW)
+            assert f"{card} GB {tokens:,}{' recomputing' if recomputed else ''}" in said
         except UserError:
             assert f"{card} GB none" in said
     least = (needs.held + DPO_ROW * needs.token_recomputed + training.MEMORY_APART) / training.MEMORY_SHARE
@@ -116,6 +126,10 @@ class FakeCuda:
     def is_available() -> bool:
         return True
 
+    @staticmethod
+    def memory_reserved() -> float:
+        return 16 * GB
+
     @classmethod
     def mem_get_info(cls) -> tuple[float, float]:
         return cls.memory
@@ -135,11 +149,18 @@ class Network:
 
 
 @pytest.mark.parametrize(
-    ("memory", "processes", "expected"),
-    [((150, 150), 1, (8, False)), ((60, 150), 1, (2, False)), ((60, 150), 4, (8, False)), ((150, 150), 8, (4, False))],
+    ("memory", "processes", "flags", "expected"),
+    [
+        # What the network itself has taken already is counted as free: its weights are in the need.
+        ((134, 150), 1, {}, AtOnce(32, 16384)),
+        ((34, 150), 1, {}, AtOnce(32, 5056)),
+        ((34, 150), 4, {}, AtOnce(8, 5056)),
+        ((134, 150), 1, {"micro_batch_size": 2}, AtOnce(2)),
+        ((134, 150), 1, {"micro_batch_size": 2, "gradient_checkpointing": True}, AtOnce(2, None, True)),
+    ],
 )
 def test_the_free_memory_counts_and_processes_choose_alike(
-    memory: tuple[int, int], processes: int, expected: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
+    memory: tuple[int, int], processes: int, flags: dict[str, Any], expected: AtOnce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -147,9 +168,20 @@ def test_the_free_memory_counts_and_processes_choose_alike(
     monkeypatch.setattr(FakeCuda, "memory", (memory[0] * GB, memory[1] * GB))
     monkeypatch.setattr(training, "fused_kernels", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    found = training.micro_batch_of(train.Args(), resolve("pocket"), Network, DPO_ROW)
+    found = training.micro_batch_of(train.Args(**flags), resolve("pocket"), Network, DPO_ROW)
     assert found == expected
+
+
+def test_packed_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "cuda", FakeCuda)
+    monkeypatch.setattr(training, "fused_kernels", lambda: True)
+    monkeypatch.setattr(FakeCuda, "memory", (50 * GB, 150 * GB))
+    # 8,000 tokens fit; 4 divides 32, and so does 2.
+    assert training.micro_batch_of(train.Args(), resolve("pocket"), Network, SFT_ROW, packed=True) == AtOnce(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training.micro_batch_of(train.Args(), resolve("pocket"), Network, SFT_ROW, packed=True) == AtOnce(4)
 
 
 def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +189,7 @@ def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "cuda", FakeCuda)
     monkeypatch.setattr(FakeCuda, "memory", (5 * GB, 80 * GB))
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
-    with pytest.raises(UserError, match=r"pocket: training needs a GPU with .* this GPU has 5 of 80 GB free"):
+    with pytest.raises(UserError, match=r"pocket: training needs a GPU with .* this GPU has 21 of 80 GB free"):
         training.micro_batch_of(train.Args(), resolve("pocket"), Network, DPO_ROW)
 
 
@@ -174,39 +205,137 @@ def test_steps_keep_their_rows_and_sort_them() -> None:
         step = [lengths[row] for row in order[start : start + 4]]
         assert step == sorted(step, reverse=True)
     assert order == list(training.ByLength(lengths, 4, 1)) != list(training.ByLength(lengths, 4, 2))
+    dealt = list(training.ByLength(lengths, 4, 1, hands=2))
+    for start in (0, 4, 8):
+        assert sorted(dealt[start : start + 4]) == sorted(order[start : start + 4])
+        first, second = order[start : start + 4 : 2], order[start + 1 : start + 4 : 2]
+        assert dealt[start : start + 4] == [*first, *second]
     sampler.set_epoch(1)
     assert sorted(sampler) == sorted(order) and list(sampler) != order
 
 
 # What is left out on a GPU changes no result: seen here on the CPU.
 
+WORDS = ["good", "a walk beside a friend who has lost the way", "the lamp in the window told the sailor"]
+QUESTIONS = ["Who are you?", "Tell me of the rain.", "What is kind?"] * 2
+ARGS: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 6, "epochs": 3}
 
-def test_without_what_a_gpu_need_not_do_training_is_the_same(
-    chat_model: Callable[[str], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def make(chat_model: Callable[[str], Model], tmp_path: Path) -> Callable[..., Any]:
+    """make("dpo", ...): a Trainer on six rows, in batches of six. at_once: rows."""
     model = resolve(chat_model("template-bos").source)
-    words = ["good", "a walk beside a friend who has lost the way", "the lamp in the window told the sailor"]
-    pairs = [
-        {
-            side: [{"role": "user", "content": question}, {"role": "assistant", "content": words[(number + more) % 3]}]
-            for more, side in enumerate(("chosen", "rejected"))
-        }
-        for number, question in enumerate(["Who are you?", "Tell me of the rain.", "What is kind?"] * 2)
-    ]
-    args = train.Args(rank=4, alpha=8, learning_rate=1e-2, batch_size=6, epochs=3)
 
-    def losses(fast: bool) -> list[float]:
-        trainer = train.make_trainer(args, model, pairs, tmp_path)
+    def made(kind: str, at_once: int, checkpointing: bool = False) -> Any:
+        given = {**ARGS, "micro_batch_size": at_once}
+        before = training.trainer_arguments
+        arguments = lambda *a: before(*a) | {"gradient_checkpointing": checkpointing}  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "trainer_arguments", arguments)
+            if kind == "dpo":
+                pairs = [
+                    {
+                        side: talk(question, WORDS[(number + more) % 3])
+                        for more, side in enumerate(("chosen", "rejected"))
+                    }
+                    for number, question in enumerate(QUESTIONS)
+                ]
+                trainer = train.make_trainer(train.Args(**given), model, pairs, tmp_path)
+            else:
+                adapter = tmp_path / "adapter"
+                if not adapter.exists():
+                    network, _ = load_network(model)
+                    peft.get_peft_model(network, training.lora_config(model, train.Args(rank=4))).save_pretrained(
+                        adapter
+                    )
+                rows = [talk(question, WORDS[number % 3]) for number, question in enumerate(QUESTIONS)]
+                trainer = sft.make_trainer(sft.Args(**given), model, adapter, rows, tmp_path)
         trainer.args.save_strategy = "no"
-        if fast:
-            training.speed_up(trainer, [len(row["prompt_ids"]) for row in trainer.train_dataset], args.batch_size)
-        seen: list[Any] = []
-        layer = trainer.model.get_base_model().model.layers[0].mlp
-        layer.register_forward_pre_hook(lambda _m, given: seen.append(tuple(given[0].shape[:2])))
-        trainer.train()
-        assert all((rows == 1) == fast for rows, _ in seen)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return trainer
 
-    plain, fast = losses(False), losses(True)
+    return made
+
+
+def lengths_of(trainer: Any) -> list[int]:
+    return [len(row.get("prompt_ids") or row["input_ids"]) for row in trainer.train_dataset]
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_training_learns_the_same_without_what_a_gpu_need_not_do(kind: str, make: Callable[..., Any]) -> None:
+    """Against TRL's own way: rows padded, PEFT's layers, two rows at once and no part of a step at a time."""
+    plain = losses(make(kind, 2))
     assert plain[-1] < plain[0] - 0.05, "something is learned"
-    assert fast == pytest.approx(plain, rel=1e-4)
+    trainer = make(kind, 6)
+    sides = 2 if kind == "dpo" else 1
+    training.speed_up(trainer, lengths_of(trainer), 6, tokens=40 * sides, sides=sides)
+    seen: list[int] = []
+    layer = trainer.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda _m, given: seen.append(given[0].shape[1]))
+    assert losses(trainer) == pytest.approx(plain, rel=1e-4)
+    assert max(seen) <= 40 * sides and len(seen) > 3 * sides, "in several parts, none too large"
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(isinstance(entry["entropy"], float) for entry in logged)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+@pytest.mark.parametrize("precise", [True, False])
+def test_the_adapter_within_the_matrix_products(
+    kind: str, checkpointing: bool, precise: bool, make: Callable[..., Any]
+) -> None:
+    """Loss and gradients as PEFT's own layers give them, in float32 and under autocast to bf16."""
+    import torch
+
+    def gradients(fused: bool) -> tuple[float, dict[str, Any]]:
+        trainer = make(kind, 6, checkpointing)
+        draw = torch.Generator().manual_seed(3)
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(0, 0.05, generator=draw)
+            elif "lora_" not in name and not precise:
+                weight.data = weight.data.bfloat16()
+        if fused:
+            training.fuse_lora(trainer.model)
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        found = {name: weight.grad for name, weight in trainer.model.named_parameters() if "lora_" in name}
+        assert all(weight.grad is None for name, weight in trainer.model.named_parameters() if "lora_" not in name)
+        return float(loss), found
+
+    (plain, expected), (loss, found) = gradients(False), gradients(True)
+    assert loss == pytest.approx(plain, rel=1e-5 if precise else 1e-2)
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        apart = float((found[name] - gradient).norm() / gradient.norm())
+        assert apart < (1e-4 if precise else 0.05), name
+
+
+def test_a_layer_that_is_switched_off_is_the_base(make: Callable[..., Any]) -> None:
+    import torch
+
+    trainer = make("dpo", 6)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(0.1)
+    training.fuse_lora(trainer.model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        adapted = trainer.model(input_ids=ids).logits
+        with training.switched_off(trainer.adapted):
+            off = trainer.model(input_ids=ids).logits
+        with trainer.model.disable_adapter():
+            base = trainer.model(input_ids=ids).logits
+        again = trainer.model(input_ids=ids).logits
+    assert torch.equal(off, base) and torch.equal(adapted, again) and not torch.allclose(adapted, base)

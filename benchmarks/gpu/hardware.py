@@ -56,13 +56,14 @@ benchmarks/gpu/results.json.
 
 * **vLLM** splits a model over as few GPUs as hold its weights in 80 % of their memory, and runs whole copies on the
   others: `2 × 4` are four copies over two GPUs each. "At once" is how many sequences one copy takes into its batch.
-* **Training** has 32 rows in a batch whatever the GPU. "Rows" is how many of them are in memory at once (a DPO row is a
-  pair of at most 2 × 1,024 tokens, an SFT row at most 3,072), the rest is accumulated; "recomputed" stands where
-  activations are computed anew for the gradient, which takes a third more arithmetic and far less memory. LoRA of rank
-  64, bf16 weights, liger-kernel installed (`pip install -e '.[gpu]'`). Each GPU holds the whole model: a model that
-  does not fit one is trained through [OpenRLHF](../finetuning/README.md), which splits it.
-* `--micro-batch-size` and `--gradient-checkpointing` choose otherwise; what was chosen stands in `training.json` beside
-  the adapter.
+* **Training** has 32 rows in a batch whatever the GPU, and takes as many of them at once as the memory holds. "DPO
+  tokens" and "SFT tokens" are how many tokens that is: rows are run without their padding, so that short ones go
+  together in greater number (a pair has at most 2 × 1,024 tokens, an SFT row 3,072), and no row is cut for it;
+  "recomputed" stands where activations are computed anew for the gradient, which takes a third more arithmetic and far
+  less memory. LoRA of rank 64, bf16 weights, liger-kernel installed (`pip install -e '.[gpu]'`). Each GPU holds the whole
+  model: a model that does not fit one is trained through [OpenRLHF](../finetuning/README.md), which splits it.
+* `--micro-batch-size` (in rows) and `--gradient-checkpointing` choose otherwise; what was chosen stands in
+  `training.json` beside the adapter.
 """
 
 
@@ -87,29 +88,29 @@ def serving(model: Model, card: int) -> tuple[str, str]:
     return " · ".join(found), at_once
 
 
-def rows_at_once(model: Model, card: int, row_tokens: int) -> str:
-    """Rows in memory at once on one GPU of these."""
+def tokens_at_once(model: Model, card: int, row_tokens: int) -> str:
+    """Tokens in memory at once on one GPU of these."""
     shape, weights = shape_of(model), weight_bytes(model)
     assert shape and weights
     need = training.memory_need(shape, weights, training.TrainArgs.rank, fused=True)
     try:
-        rows, recomputed = training.fitting(card * 1e9, need, row_tokens, BATCH)
+        tokens, recomputed = training.fitting(card * 1e9, need, row_tokens)
     except UserError:
         return "does not fit"
-    return f"{rows}{', recomputed' if recomputed else ''}"
+    return f"{tokens:,}{', recomputed' if recomputed else ''}"
 
 
 def settings() -> list[str]:
     """The table of settings."""
     lines = [
-        "| student | GPU memory | vLLM on 1 · 2 · 4 · 8 GPUs | at once | DPO rows | SFT rows |",
+        "| student | GPU memory | vLLM on 1 · 2 · 4 · 8 GPUs | at once | DPO tokens | SFT tokens |",
         "|---|---|---|---|---|---|",
     ]
     for short in STUDENTS:
         model = resolve(short)
         for card in training.CARDS:
             layout, at_once = serving(model, card)
-            dpo, sft = (rows_at_once(model, card, tokens) for tokens in (DPO_ROW, SFT_ROW))
+            dpo, sft = (tokens_at_once(model, card, tokens) for tokens in (DPO_ROW, SFT_ROW))
             lines.append(f"| {short} | {card} GB | {layout} | {at_once} | {dpo} | {sft} |")
     return lines
 

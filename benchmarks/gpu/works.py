@@ -10,6 +10,10 @@ import itertools
 import json
 import os
 import random
+import re
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +66,8 @@ class Context:
     def tell(self, **figures: Any) -> None:
         """Add figures to the side's file."""
         self.told |= figures
-        write_json(self.out, self.told)
+        if training.is_main():
+            write_json(self.out, self.told)
 
     @property
     def model(self) -> Model:
@@ -631,11 +636,15 @@ class Timing:
 
 
 def timed(context: Context, trainer: Any, per_token: float, warm: int) -> None:
-    """Run a Trainer and tell its rate. per_token: operations per parameter and token. warm: micro-batches left out."""
+    """Run a Trainer and tell its rate. per_token: operations per parameter and token.
+
+    warm: how many timings are left out after the first. One is taken after each step and each micro-batch.
+    """
     import torch
     from transformers import TrainerCallback
 
     marks: list[Timing] = []
+    accelerator = trainer.accelerator
     parameters = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" not in name)
 
     class Watch(TrainerCallback):
@@ -644,7 +653,9 @@ def timed(context: Context, trainer: Any, per_token: float, warm: int) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             mark(state)
-            if marks[-1].seconds - marks[0].seconds > context.seconds:
+            taken = torch.tensor([marks[-1].seconds - marks[0].seconds], device=accelerator.device)
+            # All processes stop together.
+            if float(accelerator.gather(taken).max()) > context.seconds:
                 control.should_training_stop = True
 
     def mark(state: Any) -> None:
@@ -660,7 +671,7 @@ def timed(context: Context, trainer: Any, per_token: float, warm: int) -> None:
                 seconds=round(seconds, 2),
                 rate=round(rate, 1),
                 tflops=round(per_token * parameters * rate / 1e12, 1),
-                micro_batches=len(marks) - 1 - warm,
+                timings=len(marks) - 1 - warm,
             )
 
     padded = 0
@@ -677,7 +688,8 @@ def timed(context: Context, trainer: Any, per_token: float, warm: int) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seen = int(trainer._total_train_tokens)
     passes = 2 if per_token == 6 else 1
-    context.tell(device=device, losses=losses, parameters=parameters, padding=round(1 - passes * seen / padded, 3))
+    padding = 1 - passes * seen / (padded * training.world_size())
+    context.tell(device=device, losses=losses, parameters=parameters, padding=round(padding, 3))
 
 
 def pairs_of(context: Context, steps: int) -> list[dict[str, Any]]:
@@ -701,7 +713,7 @@ def as_published() -> None:
     training.fused_kernels = lambda: False  # type: ignore[assignment]
 
 
-def dpo(context: Context, steps: int, warm: int, **settings: Any) -> None:
+def dpo(context: Context, steps: int, warm: int, run: Callable[..., None] = timed, **settings: Any) -> None:
     """Some steps of DPO."""
     from character.distillation import train
 
@@ -710,58 +722,164 @@ def dpo(context: Context, steps: int, warm: int, **settings: Any) -> None:
     begun = time.perf_counter()
     trainer = train.make_trainer(args, context.model, pairs, context.folder / "checkpoints")
     context.tell(start_seconds=round(time.perf_counter() - begun, 1))
-    timed(context, trainer, 6, warm)
+    run(context, trainer, 6, warm)
 
 
 def dpo_published(context: Context) -> None:
-    """TRL's way: two pairs at once, activations recomputed, rows as they come."""
+    """TRL's way: two pairs at once, activations recomputed, rows as they come, PEFT's switch for the reference."""
+
+    def as_trl(context: Context, trainer: Any, *more: Any) -> None:
+        training.switched_off = lambda _: trainer.accelerator.unwrap_model(trainer.model).disable_adapter()
+        timed(context, trainer, *more)
+
     as_published()
-    dpo(context, 1, 3, **PUBLISHED_TRAINING)
+    dpo(context, 1, 3, as_trl, **PUBLISHED_TRAINING)
 
 
 def dpo_ours(context: Context) -> None:
     """The step's own settings."""
-    dpo(context, 6, micro_batches(context, 2 * 1024))
+    dpo(context, 6, 0)
 
 
-def micro_batches(context: Context, row_tokens: int) -> int:
-    """How many make the first step, which is left out."""
-    from character.distillation import train
-
-    network = Shell(context)
-    rows, _ = training.micro_batch_of(train.Args(batch_size=BATCH), context.model, network, row_tokens)
-    return BATCH // rows
+def dpo_profile(context: Context) -> None:
+    """An experiment: which kernels take the time."""
+    dpo(context, 2, 0, profiled)
 
 
-class Shell:
-    """A network of which only the config and the size are known."""
+def dpo_two(context: Context) -> None:
+    """An experiment: as ours, on two GPUs."""
+    if training.world_size() == 1:
+        spread(2)
+    else:
+        dpo_ours(context)
 
-    def __init__(self, context: Context):
-        import transformers
 
-        self.config = transformers.AutoConfig.from_pretrained(context.folder / "model")
-        self.bytes = sum(file.stat().st_size for file in (context.folder / "model").glob("*.safetensors"))
+def spread(count: int) -> None:
+    """Run this side in so many processes, each on its own GPU, as `accelerate launch` does."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env=os.environ | common | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):
+            # The others would wait for it.
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.2)
+    if any(rank.returncode for rank in ranks):
+        sys.exit(1)
 
-    def get_memory_footprint(self) -> int:
-        """Bytes of the weights."""
-        return self.bytes
+
+# Kernels by what they do: the first that a name fits.
+KINDS = {
+    "attention": r"flash|fmha|attention|softmax",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|matmul|mkldnn|aten::(add)?mm",
+    "optimizer and norm": r"multi_tensor|adam|norm_kernel|lpnorm",
+    "logits": r"^_(forward|backward)_kernel",
+    "liger": r"^_",
+    "communication": r"nccl",
+    "copies": r"mem(cpy|set)",
+}
+
+
+def profiled(context: Context, trainer: Any, *_: Any) -> None:
+    """Run two steps and tell the kernels of the second by their time."""
+    from torch import profiler
+    from transformers import TrainerCallback
+
+    kind = profiler.ProfilerActivity.CUDA if has_gpu() else profiler.ProfilerActivity.CPU
+    watched = profiler.profile(activities=[kind])
+    seconds = 0.0
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal seconds
+            if state.global_step == 1:
+                watched.start()
+                seconds = -time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal seconds
+            if state.global_step == 2:
+                # It waits for the GPU.
+                float(next(iter(trainer.model.parameters())).flatten()[0])
+                seconds += time.perf_counter()
+                watched.stop()
+
+    trainer.args.save_strategy = "no"
+    trainer.add_callback(Watch())
+    trainer.train()
+    name = "self_device_time_total" if has_gpu() else "self_cpu_time_total"
+    kernels = sorted(watched.key_averages(), key=lambda kernel: -getattr(kernel, name))
+    whole = sum(getattr(kernel, name) for kernel in kernels)
+    kinds: dict[str, float] = {}
+    for kernel in kernels:
+        fits = (what for what, pattern in KINDS.items() if re.search(pattern, kernel.key, re.IGNORECASE))
+        what = next(fits, "elementwise and other")
+        kinds[what] = kinds.get(what, 0) + getattr(kernel, name) / 1e6
+    context.tell(
+        step_seconds=round(seconds, 3),
+        kernel_seconds=round(whole / 1e6, 3),
+        kinds={what: round(taken, 4) for what, taken in sorted(kinds.items(), key=lambda pair: -pair[1])},
+        kernels=[
+            [
+                kernel.key[:100],
+                kernel.count,
+                round(getattr(kernel, name) / 1e6, 4),
+                round(getattr(kernel, name) / whole, 3),
+            ]
+            for kernel in kernels[:25]
+        ],
+        device=training.device_of(trainer),
+    )
+
+
+def dpo_unfused(context: Context) -> None:
+    """An experiment: PEFT's LoRA layers."""
+
+    def plain(network: Any) -> None:
+        for module in network.modules():
+            # Otherwise PEFT brings every input to the adapter's float32 first.
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+
+    training.fuse_lora = plain
+    dpo(context, 4, 0)
+
+
+def dpo_padded(context: Context) -> None:
+    """An experiment: attention on rows with their padding."""
+    training.Unpadded._by_borders = training.Unpadded._by_rows  # type: ignore[method-assign]
+    dpo(context, 4, 0)
+
+
+def dpo_rows(context: Context) -> None:
+    """An experiment: four pairs at once, however short they are."""
+    dpo(context, 3, 8, micro_batch_size=4, gradient_checkpointing=False)
 
 
 def dpo_compiled(context: Context) -> None:
     """An experiment: decoder layers compiled by torch in place of liger-kernel's."""
-    compiled(context)
+    compiled()
     training.fused_kernels = lambda: False  # type: ignore[assignment]
-    dpo(context, 6, micro_batches(context, 2 * 1024))
+    dpo(context, 6, 0)
 
 
-def compiled(context: Context) -> None:
+def compiled() -> None:
     """Have the trainers' decoder layers compiled."""
     from repeng.control import decoder_layers
 
     before = training.speed_up
 
-    def also_compiled(trainer: Any, *more: Any) -> None:
-        before(trainer, *more)
+    def also_compiled(trainer: Any, *more: Any, **named: Any) -> None:
+        before(trainer, *more, **named)
         for layer in decoder_layers(trainer.model):
             layer.compile(dynamic=True)
 
@@ -771,12 +889,12 @@ def compiled(context: Context) -> None:
 def dpo_plain(context: Context) -> None:
     """An experiment: without liger-kernel."""
     training.fused_kernels = lambda: False  # type: ignore[assignment]
-    dpo(context, 3, micro_batches(context, 2 * 1024))
+    dpo(context, 3, 0)
 
 
 def dpo_recomputed(context: Context) -> None:
-    """An experiment: activations recomputed, eight pairs at once."""
-    dpo(context, 3, 4, micro_batch_size=8, gradient_checkpointing=True)
+    """An experiment: activations recomputed, and so more tokens at once."""
+    dpo(context, 3, 0, gradient_checkpointing=True)
 
 
 def dpo_small(context: Context) -> None:
@@ -798,17 +916,19 @@ def sft_rows(context: Context, steps: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def sft(context: Context, steps: int, warm: int, **settings: Any) -> None:
+def sft(context: Context, steps: int, warm: int, run: Callable[..., None] = timed, **settings: Any) -> None:
     """Some steps of SFT on the model with an adapter folded in."""
     from character.introspection import train
 
-    adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
+    adapter = context.folder / "adapter"
+    if training.world_size() == 1:
+        shape.save_adapter(adapter, context.folder / "model")
     args = train.Args(batch_size=BATCH, **settings)
     rows = sft_rows(context, steps)
     begun = time.perf_counter()
     trainer = train.make_trainer(args, context.model, adapter, rows, context.folder / "checkpoints")
     context.tell(start_seconds=round(time.perf_counter() - begun, 1))
-    timed(context, trainer, 4, warm)
+    run(context, trainer, 4, warm)
 
 
 def sft_published(context: Context) -> None:
@@ -819,7 +939,21 @@ def sft_published(context: Context) -> None:
 
 def sft_ours(context: Context) -> None:
     """The step's own settings."""
-    sft(context, 4, micro_batches(context, 3072))
+    sft(context, 4, 0)
+
+
+def sft_profile(context: Context) -> None:
+    """An experiment: which kernels take the time."""
+    sft(context, 2, 0, profiled)
+
+
+def sft_two(context: Context) -> None:
+    """An experiment: as ours, on two GPUs."""
+    if training.world_size() == 1:
+        shape.save_adapter(context.folder / "adapter", context.folder / "model")
+        spread(2)
+    else:
+        sft_ours(context)
 
 
 # Engine start.
@@ -1024,5 +1158,16 @@ EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
         "tight_all": interaction_tight_all,
     },
     "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache},
-    "dpo": {"compiled": dpo_compiled, "plain": dpo_plain, "recomputed": dpo_recomputed, "small": dpo_small},
+    "dpo": {
+        "compiled": dpo_compiled,
+        "padded": dpo_padded,
+        "plain": dpo_plain,
+        "profile": dpo_profile,
+        "recomputed": dpo_recomputed,
+        "rows": dpo_rows,
+        "small": dpo_small,
+        "two": dpo_two,
+        "unfused": dpo_unfused,
+    },
+    "sft": {"profile": sft_profile, "two": sft_two},
 }

@@ -6,6 +6,7 @@ python -m character.distillation.train --constitution humor --model llama-3.1-8b
 accelerate launch -m character.distillation.train --constitution humor --model llama-3.1-8b-it
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,14 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
     import datasets
     import torch
     import trl
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     datasets.disable_progress_bars()
 
     from character.engine.transformers import load_network, stop_ids
 
     network, tokenizer = load_network(model)
+    network = training.on_gpu(network)
     chat = Chat(tokenizer, model, context_of(network.config, model))
     stops = stop_ids(network, tokenizer)
 
@@ -99,22 +102,28 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
             # The tokens are the engine's own, so that training sees what generation saw.
             return dataset.map(encode, remove_columns=dataset.column_names)
 
+        @functools.cached_property
+        def adapted(self) -> list[Any]:
+            """The layers with an adapter."""
+            return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            ids, attended, mask = (inputs[name] for name in ("input_ids", "attention_mask", "completion_mask"))
             seen: list[Any] = []
-            hook = self.accelerator.unwrap_model(self.model).register_forward_hook(
-                lambda _module, _inputs, output: seen.append(output.log_probs)
-            )
+            hook = self.model.register_forward_hook(lambda _module, _inputs, output: seen.append(output.log_probs))
             try:
-                loss = super()._compute_loss(model, inputs, return_outputs=False)
+                with torch.no_grad(), training.switched_off(self.adapted):
+                    labels = ids.masked_fill(mask == 0, -100)
+                    self.model(
+                        input_ids=ids, attention_mask=attended, labels=labels, use_cache=False, fused_lm_head=True
+                    )
+                chosen, rejected = seen[0].sum(dim=1).chunk(2)
+                given = inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                loss = super()._compute_loss(model, given, return_outputs=False)
             finally:
                 hook.remove()
-            # TRL runs the policy first, then the reference.
-            policy, reference = seen
-            mask = inputs["completion_mask"][:, 1:]
-            length = mask.shape[1]
-            extra, nll, squared = extra_loss(
-                policy[:, -length:], reference[:, -length:], mask, args.nll_coef, args.sq_coef
-            )
+            reference, policy = seen
+            extra, nll, squared = extra_loss(policy, reference, mask[:, 1:], args.nll_coef, args.sq_coef)
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["loss/nll"].append(self.accelerator.gather(nll.detach()).mean().item())
             self._metrics[mode]["loss/squared"].append(self.accelerator.gather(squared.detach()).mean().item())
@@ -141,12 +150,14 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
+    # TRL then expects the reference's log-probabilities with the inputs.
+    trainer.precompute_ref_logps = True
     if torch.cuda.is_available():
         lengths = [
             len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             for row in trainer.train_dataset
         ]
-        training.speed_up(trainer, lengths, args.batch_size)
+        training.speed_up(trainer, lengths, args.batch_size, at_once.tokens, sides=2)
     return trainer
 
 

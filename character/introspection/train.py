@@ -71,7 +71,7 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
 
     datasets.disable_progress_bars()
     network, tokenizer = load_network(model)
-    network = peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
+    network = peft.PeftModel.from_pretrained(training.on_gpu(network), str(adapter)).merge_and_unload()
     chat = Chat(tokenizer, model, context_of(network.config, model))
     stops = stop_ids(network, tokenizer)
     encoded = [labelled(chat, messages, stops) for messages in conversations]
@@ -80,7 +80,7 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
     if args.packing:
         # Position ids that begin anew with each row tell transformers' attention which tokens belong together.
         fed = trl.pack_dataset(fed, args.max_length)
-    at_once = training.micro_batch_of(args, model, network, args.max_length)
+    at_once = training.micro_batch_of(args, model, network, args.max_length, args.packing)
     config = trl.SFTConfig(
         **training.trainer_arguments(args, at_once, checkpoints, len(fed)),
         max_length=args.max_length,
@@ -95,7 +95,7 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
         processing_class=tokenizer,
     )
     if torch.cuda.is_available() and not args.packing:
-        training.speed_up(trainer, [len(row["input_ids"]) for row in cut], args.batch_size)
+        training.speed_up(trainer, [len(row["input_ids"]) for row in cut], args.batch_size, at_once.tokens)
     return trainer
 
 

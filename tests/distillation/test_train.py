@@ -333,7 +333,7 @@ def test_defaults_are_the_methods(student: Model, home: Path) -> None:
     assert (args.rank, args.alpha, args.learning_rate, args.epochs, args.max_length) == (64, 128, 5e-5, 1, 1024)
     assert (args.beta, args.nll_coef, args.sq_coef, args.length_normalized) == (0.1, 0.1, 0.001, False)
     assert (args.batch_size, args.micro_batch_size, args.seed) == (32, None, 123456)
-    given = training.trainer_arguments(args, (2, False), home, 9150)
+    given = training.trainer_arguments(args, training.AtOnce(2), home, 9150)
     assert (given["adam_beta1"], given["adam_beta2"], given["max_grad_norm"]) == (0.9, 0.98, 1.0)
     assert given["gradient_accumulation_steps"] == 16 and given["weight_decay"] == 0
     # 286 steps: a tenth of them warm up, and the cosine ends at a tenth of the peak.
