@@ -463,8 +463,10 @@ class Unpadded:
         """Through a kernel that takes tokens and where each row begins."""
         from torch.nn.attention.varlen import varlen_attn
 
-        # Before torch 2.12 keys and values may have fewer heads unasked.
-        asked = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        # An older torch has no such argument: there keys and values may have fewer heads unasked.
+        asked: dict[str, Any] = (
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        )
         ends, length = self.borders, self.shape[1]
         return varlen_attn(query, key, value, ends, ends, length, length, scale=scaling, window_size=(-1, 0), **asked)
 

@@ -312,7 +312,7 @@ def test_the_adapter_within_the_matrix_products(
         loss.backward()
         found = {name: weight.grad for name, weight in trainer.model.named_parameters() if "lora_" in name}
         assert all(weight.grad is None for name, weight in trainer.model.named_parameters() if "lora_" not in name)
-        return float(loss), found
+        return loss.item(), found
 
     (plain, expected), (loss, found) = gradients(False), gradients(True)
     assert loss == pytest.approx(plain, rel=1e-5 if precise else 1e-2)

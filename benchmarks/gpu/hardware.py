@@ -133,11 +133,11 @@ def hours(works: dict[str, Any]) -> list[str]:
             times: dict[str, float | None] = {name: moved * n / rates["teacher"] for name, n in ANSWERS.items()}
             times |= {name: moved * n / rates["interaction"] for name, n in TALK.items()}
             for name, tokens, passes in (("DPO", DPO_ROW, 6), ("SFT", SFT_ROW, 4)):
-                rows = rows_at_once(model, card, tokens)
+                at_once = tokens_at_once(model, card, tokens)
                 # A second forward pass of the policy.
-                again = (passes + 2) / passes if "recomputed" in rows else 1
+                again = (passes + 2) / passes if "recomputed" in at_once else 1
                 rate = rates[name.lower()]
-                times[name] = None if rows == "does not fit" else computed * again * TRAINED[name] / rate
+                times[name] = None if at_once == "does not fit" else computed * again * TRAINED[name] / rate
             whole = None if None in times.values() else sum(filter(None, times.values()))
             cells = [*times.values(), *(whole and whole / gpus for gpus in GPUS)]
             fits = [layouts[0] != "–"] * len(times) + [layout != "–" for layout in layouts]
