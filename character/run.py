@@ -84,6 +84,7 @@ class Args:
     engine: cli.EngineName = cli.flag("auto", "auto: vllm where a GPU and vLLM are present, else transformers")
     base_url: str | None = cli.flag(None, "an OpenAI-compatible endpoint for the teacher")
     api_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
+    concurrency: int | None = cli.flag(None, "requests at once to an endpoint (default: 256)")
     preset: Literal["quick", "paper"] = cli.flag("quick", "sizes: quick (minutes on the bundled model) or paper")
     limit: int | None = cli.flag(None, "teacher messages, in place of the preset's number")
     samples: int | None = cli.flag(None, "teacher answers per message, likewise")
@@ -164,7 +165,11 @@ def plan(args: Args) -> list[Step]:
     dry = _flags(dry_run=args.dry_run)
     common = [*_flags(seed=args.seed, overwrite=args.overwrite), *dry]
     local = _flags(engine=None if args.engine == "auto" else args.engine)
-    remote = _flags(base_url=args.base_url, api_key_variable=args.api_key_variable) if args.base_url else local
+    remote = (
+        _flags(base_url=args.base_url, api_key_variable=args.api_key_variable, concurrency=args.concurrency)
+        if args.base_url
+        else local
+    )
     tokens = _flags(max_tokens=size["max_tokens"])
     of_teacher = [*_flags(teacher=guide, samples=size["samples"]), *tokens, *remote]
     by_student = [*student, *tokens, *local, *common, *_flags(tokens_per_second=args.generated_per_second)]
@@ -228,7 +233,9 @@ def plan(args: Args) -> list[Step]:
     # A judge of another model is large, so nobody gets one unasked.
     by_judge = _flags(judge=args.judge or STAND_IN)
     if args.judge_url:
-        by_judge += _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable)
+        by_judge += _flags(
+            base_url=args.judge_url, api_key_variable=args.judge_key_variable, concurrency=args.concurrency
+        )
     known = ("student", "personas")
     answered = ("base", "prompted", "steered", "trained")
     steps += [

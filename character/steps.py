@@ -210,6 +210,7 @@ async def _generate(
         "engine": args.engine,
         "base_url": args.base_url,
         "api_key_variable": args.api_key_variable,
+        "concurrency": args.concurrency,
         "seed": args.seed,
         "steered": steered,
         "precision": precision_of(args),

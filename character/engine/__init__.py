@@ -49,6 +49,7 @@ def open_engine(
     engine: str = "auto",
     base_url: str | None = None,
     api_key_variable: str = "OPENAI_API_KEY",
+    concurrency: int | None = None,
     seed: int = 123456,
     adapters: Sequence[Path] = (),
     steered: bool = False,
@@ -57,6 +58,7 @@ def open_engine(
     """The engine for `model`, to be entered with `async with`. adapters: the LoRA folders that replies will name.
 
     steered: whether replies may ask for steering, which costs vLLM its compiled graphs.
+    concurrency: requests under way at once at an endpoint.
     precision: vLLM's arguments for weights, and for keys and values, in 8 bits; the others leave it out.
     Raises UserError where the engine cannot be had; entering raises it where the model cannot be loaded.
     """
@@ -65,7 +67,7 @@ def open_engine(
         from character.engine.openai import OpenAIEngine
 
         assert base_url is not None
-        return OpenAIEngine(model, base_url, os.environ.get(api_key_variable), api_key_variable, seed)
+        return OpenAIEngine(model, base_url, os.environ.get(api_key_variable), api_key_variable, seed, concurrency)
     if chosen == "vllm":
         from character.engine.vllm import VLLMEngine
 

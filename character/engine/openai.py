@@ -9,6 +9,7 @@ import email.utils
 import json
 import random
 import re
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ from character.models import Model
 from character.rows import RowError
 from character.utils import UserError, digest
 
+# Files that a step may have open beside one connection per request under way.
+OTHER_FILES = 256
 # The bounds of one request: tries, and seconds with every wait and try of the reply counted.
 ATTEMPTS = 6
 REPLY_SECONDS = 1800.0
@@ -122,11 +125,22 @@ class OpenAIEngine(Engine):
 
     api_key: None where the endpoint needs none; api_key_variable: what a message names in its place.
     seed: not sent, since seeds per request slow vLLM's sampler and few endpoints honour them.
-    Raises UserError for a URL or key that cannot be one.
+    concurrency: None for 256. Raises UserError for a URL or key that cannot be one, and more requests than may be.
     """
 
-    def __init__(self, model: Model, base_url: str, api_key: str | None, api_key_variable: str, seed: int):
+    def __init__(
+        self,
+        model: Model,
+        base_url: str,
+        api_key: str | None,
+        api_key_variable: str,
+        seed: int,
+        concurrency: int | None = None,
+    ):
         super().__init__(model)
+        if concurrency is not None:
+            _allow_connections(concurrency)
+            self.concurrency = concurrency
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"--base-url '{base_url}' is no URL; it looks like http://localhost:8000/v1")
@@ -657,6 +671,21 @@ class OpenAIEngine(Engine):
             part = re.escape(secret[:8] if len(secret) >= 16 else secret)
             text = re.sub(rf"[^\s'\"]*{part}[^\s'\"]*", "…", text)
         return " ".join(STARRED.sub("…", text).split())
+
+
+def _allow_connections(count: int) -> None:
+    """Let this process hold so many connections. Raises UserError where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if count < 1:
+        raise UserError(f"--concurrency {count}: it is 1 or more")
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UserError(
+            f"--concurrency {count} needs {wanted} open files and a process may have {hard} here; take fewer requests at "
+            "once, or raise the limit (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _passes(error: BaseException) -> bool:

@@ -1,5 +1,7 @@
 """The same cases for every engine: transformers, vLLM in this process, and vLLM behind its own server.
 
+One of the servers is two copies of the model behind one URL, as on several machines.
+
 What a reply has to be is worked out here with transformers alone: the prompt's text is written by hand and each next
 token is the largest logit of a pass over all tokens so far.
 """
@@ -8,7 +10,10 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,16 +168,20 @@ def same(reply: Reply, expected: Expected) -> bool:
 
 
 class Server:
-    """`vllm serve` on a free port of this machine, started at once and waited for when its URL is asked for."""
+    """`vllm serve` on a free port of this machine, started at once and waited for when its URL is asked for.
 
-    def __init__(self, model: Model, adapters: dict[Path, str], log: Path):
+    copies: of the model, each in processes of its own. loads: whether it takes further adapters while it runs.
+    """
+
+    def __init__(self, model: Model, adapters: dict[Path, str], log: Path, copies: int, loads: bool):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         # What `vllm serve` runs; that command itself needs a distribution named vllm, which the one for the CPU is not.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-        # One slot more than adapters: on the CPU, requests without an adapter get what the last slot holds.
-        command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "3", "--lora-modules"]
+        command += ["--data-parallel-size", str(copies)]
+        # A slot for one more adapter, and one: on the CPU, requests without an adapter get what the last slot holds.
+        command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "4", "--lora-modules"]
         command += [f"{name}={folder}" for folder, name in adapters.items()]
         self.root = f"http://127.0.0.1:{port}"
         self.log = log
@@ -182,7 +191,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | SMALL_CPU,
+                env=os.environ | SMALL_CPU | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(loads)},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
@@ -237,8 +246,9 @@ def servers(
     running: dict[str, Server] = {}
     try:
         if wanted and _have("vllm"):
-            for kind in (PLAIN, NO_SYSTEM):
-                running[kind] = Server(chat_model(kind), loras, tmp_path_factory.mktemp("server") / "log")
+            for kind, copies in ((PLAIN, 2), (NO_SYSTEM, 1)):
+                log = tmp_path_factory.mktemp("server") / "log"
+                running[kind] = Server(chat_model(kind), loras, log, copies, loads=kind == PLAIN)
         yield running
     finally:
         for server in running.values():
@@ -549,6 +559,69 @@ def test_an_adapter_of_another_model(
     engine = open_engine(chat_model(PLAIN), engine=name, adapters=[adapters.foreign])
     with pytest.raises(UserError, match="belongs to another model"):
         runner.run(engine.__aenter__())
+
+
+# What an endpoint alone has.
+
+
+@pytest.mark.vllm
+def test_whole_steps_through_an_openai_endpoint_of_two_copies(
+    servers: dict[str, Server],
+    chat_model: Callable[[str], Model],
+    adapters: Any,
+    reference: Reference,
+    start: Any,
+    require: Callable[[str], Any],
+    tmp_path: Path,
+) -> None:
+    require("vllm")
+    (tmp_path / "sea.txt").write_text(json.dumps([{"trait": "I love the sea.", "questions": QUESTIONS[:5]}]))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS))
+    url, source = servers[PLAIN].url, chat_model(PLAIN).source
+    flags = ["--constitution", str(tmp_path / "sea.txt"), "--prompts", str(tmp_path / "prompts.jsonl")]
+    flags += ["--base-url", url, "--name", "Tiny", "--max-tokens", "24"]
+    flags += ["--temperature", "0", "--top-p", "1", "--repetition-penalty", "1"]
+    taught = start("character.distillation.teacher", tmp_path, *flags, "--teacher", source, "--samples", "1")
+    assert taught.returncode == 0 and "12 rows" in taught.stdout, taught.stderr
+    method = ["--method", "mine", "--adapter", str(adapters.small)]
+    answered = start("character.robustness.generate.trained", tmp_path, *flags, "--model", source, *method)
+    assert answered.returncode == 0, answered.stderr
+    [file] = (tmp_path / "data" / "robustness").glob("*/mine/plain/sea.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == QUESTIONS
+    for row in rows:
+        expected = reference.greedy(user(row["prompt"]), adapter=adapters.small)
+        assert row["response"] == expected.text.strip()
+    with urllib.request.urlopen(f"{servers[PLAIN].root}/metrics") as page:
+        counts = re.findall(r'vllm:request_success_total{engine="(\d)".*} (\d+)', page.read().decode())
+    assert {copy for copy, count in counts if int(count)} == {"0", "1"}, "both copies answer"
+
+    other = start("character.distillation.teacher", tmp_path, *flags, "--teacher", "pocket")
+    assert other.returncode == 2
+    assert f"pocket; it serves: {source}, small, large; name one of them" in other.stderr.splitlines()[-1]
+
+
+@pytest.mark.vllm
+def test_an_openai_endpoint_loads_an_adapter_for_all_its_copies_where_it_may(
+    servers: dict[str, Server],
+    chat_model: Callable[[str], Model],
+    adapters: Any,
+    reference: Reference,
+    runner: asyncio.Runner,
+    require: Callable[[str], Any],
+    tmp_path: Path,
+) -> None:
+    require("vllm")
+    late = shutil.copytree(adapters.large, tmp_path / "late")
+
+    async def asked(kind: str) -> list[Reply]:
+        async with open_engine(chat_model(kind), base_url=servers[kind].url) as engine:
+            return await asyncio.gather(*(engine.reply(user(question), GREEDY, late) for question in QUESTIONS))
+
+    for question, reply in zip(QUESTIONS, runner.run(asked(PLAIN)), strict=True):
+        assert same(reply, reference.greedy(user(question), adapter=adapters.large))
+    with pytest.raises(UserError, match=r"serves no adapter named .*--late; .*--lora-modules .*=.*late"):
+        runner.run(asked(NO_SYSTEM))
 
 
 # What needs no engine.

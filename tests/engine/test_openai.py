@@ -5,12 +5,14 @@ import email.utils
 import gc
 import itertools
 import json
+import resource
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +453,35 @@ def test_a_server_that_goes_away_ends_the_run() -> None:
         await engine.close()
 
     asyncio.run(inside())
+
+
+def test_a_server_that_goes_away_in_the_middle_costs_no_finished_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command twice: the server is gone after ten answers, and is there again."""
+    path = tmp_path / "rows.jsonl"
+    asked: list[str] = []
+
+    async def fill(engine: OpenAIEngine, server: FaultServer, last: int) -> None:
+        async def work(row: Row) -> Row:
+            if len(asked) == last:
+                server.close()
+            reply = await engine.reply([{"role": "user", "content": row["prompt"]}], SAMPLING)
+            asked.append(row["prompt"])
+            return {"text": reply.text}
+
+        await Rows(path, [{"prompt": f"n{i}"} for i in range(40)], {"made": "here"}).fill(work, concurrency=2)
+
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    with pytest.raises(UserError, match=r"no longer answers .*; finished rows are kept") as error:
+        run(lambda request: completion("Hi."), partial(fill, last=10))
+    assert "\n" not in str(error.value)
+    kept = (tmp_path / "rows.partial.jsonl").read_text().splitlines()
+    assert 10 <= len(kept) == len(asked) < 40
+
+    run(lambda request: completion("Hi."), partial(fill, last=-1))
+    assert sorted(asked) == sorted(f"n{i}" for i in range(40)), "each row is asked for once"
+    assert len(path.read_text().splitlines()) == 40
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://here/v1", "http://", "here"])
@@ -907,6 +938,27 @@ def test_more_in_flight_than_connections(monkeypatch: pytest.MonkeyPatch) -> Non
         assert threading.active_count() <= before
 
     run(lambda request: completion("Hi."), use, delay=0.02)
+
+
+def test_more_connections_than_the_process_may_open_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+    try:
+
+        async def inside() -> int:
+            async with FaultServer(lambda request: completion("Hi."), HOSTED, delay=0.5) as server:
+                async with open_engine(PLAIN, base_url=server.url, concurrency=420) as engine:
+                    await asyncio.gather(*(engine.reply(HELLO, SAMPLING) for _ in range(600)))
+                return server.most
+
+        # The server's ends of the connections are this process's files too.
+        monkeypatch.setattr(module, "OTHER_FILES", 700)
+        assert asyncio.run(inside()) == 420
+        for count, message in ((0, "it is 1 or more"), (before[1], rf"a process may have {before[1]} here; .*ulimit")):
+            with pytest.raises(UserError, match=rf"--concurrency {count}.*{message}"):
+                open_engine(PLAIN, base_url="http://localhost:8000/v1", concurrency=count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_waiting_for_its_turn_is_not_part_of_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
