@@ -3,7 +3,7 @@
 #
 # Environment, all optional; the first line also from .env:
 #   DATA_PATH MODEL_PATH LORA_PATH CONSTITUTION_PATH HF_TOKEN WANDB_TOKEN
-#   NUM_GPUS                 GPUs per node; all by default (on one node CUDA_VISIBLE_DEVICES picks them)
+#   NUM_GPUS                 GPUs per node; all by default (on one node, of those in CUDA_VISIBLE_DEVICES)
 #   HOSTFILE                 several nodes: a file of lines "host slots=8" (README.md says what the nodes need)
 #   MASTER_ADDR MASTER_PORT  where rank 0 listens; a second run on one machine needs another port than 29500
 #   ATTN_IMPLEMENTATION      flash_attention_2 (default), sdpa or eager

@@ -87,6 +87,22 @@ def check(stage: str, student: str, name: str, flags: list[str]) -> None:
         raise UserError(f"deepspeed is not installed; {remedy}, on a machine with CUDA")
 
 
+def launcher_flags() -> list[str]:
+    """DeepSpeed's own flags, from the environment. Raises UserError where it asks for more GPUs than it shows."""
+    from character.utils import UserError
+
+    given = {flag: os.environ[key] for key, flag in LAUNCHER.items() if os.environ.get(key)}
+    shown_gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    count = given.get("--num_gpus", "")
+    if shown_gpus and count.isdecimal() and "--hostfile" not in given:
+        # Told a number, DeepSpeed takes the first GPUs of the machine, whichever are visible.
+        if int(count) > len(shown_gpus):
+            raise UserError(f"NUM_GPUS={count}, but CUDA_VISIBLE_DEVICES shows {len(shown_gpus)}; change one of them")
+        del given["--num_gpus"]
+        given["--include"] = f"localhost:{','.join(shown_gpus[: int(count)])}"
+    return [word for pair in given.items() for word in pair]
+
+
 def shown(command: list[str]) -> str:
     """The command as text for a shell, one flag per line."""
     return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in map(shlex.quote, command))
@@ -106,9 +122,8 @@ def main(argv: list[str]) -> None:
     if extra and not extra[0].startswith("--"):
         raise UserError(f"'{extra[0]}' is no flag; a run trains one constitution, OpenRLHF's flags come after its name")
     name = find(constitution).stem
-    launcher = [word for key, flag in LAUNCHER.items() if os.environ.get(key) for word in (flag, os.environ[key])]
     flags = [*settings, *place_flags(stage, student, name), *extra]
-    command = ["deepspeed", *launcher, *PROGRAM[stage], *flags]
+    command = ["deepspeed", *launcher_flags(), *PROGRAM[stage], *flags]
     if dry_run:
         print(shown(command))
         return

@@ -17,7 +17,14 @@ import pytest
 
 from character.constants import ROOT
 
-LAUNCH_VARIABLES = ("NUM_GPUS", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", "ATTN_IMPLEMENTATION")
+LAUNCH_VARIABLES = (
+    "NUM_GPUS",
+    "HOSTFILE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ATTN_IMPLEMENTATION",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @pytest.fixture

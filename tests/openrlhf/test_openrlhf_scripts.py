@@ -199,6 +199,16 @@ def test_environment_reaches_the_command(dry_run: Callable[..., list[str]], pars
     assert args.ds.attn_implementation == "sdpa" and not args.model.gradient_checkpointing_enable
 
 
+def test_a_number_of_gpus_is_taken_from_the_visible_ones(dry_run: Callable[..., list[str]], start: Run) -> None:
+    """DeepSpeed alone would take the machine's first ones."""
+    assert dry_run("distillation/llama", NUM_GPUS="2", CUDA_VISIBLE_DEVICES="4,6,7")[1:3] == [
+        "--include",
+        "localhost:4,6",
+    ]
+    assert "--include" not in dry_run("distillation/llama", CUDA_VISIBLE_DEVICES="4,6,7")
+    refused(start("distillation/llama", "--dry-run", "humor", NUM_GPUS="2", CUDA_VISIBLE_DEVICES="4"), "NUM_GPUS=2")
+
+
 PAIR = {
     role: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": role}] for role in ("chosen", "rejected")
 }

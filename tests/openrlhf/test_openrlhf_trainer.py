@@ -291,10 +291,11 @@ def tiny_gemma(tmp_path: Path, gemma_config: Any) -> Path:
 
 
 class CpuStrategy(Recorder):
-    """Does on one CPU what the release's DeepSpeed strategy does: data loader, AdamW, schedule, accumulation, saving."""
+    """Does on one CPU what the release's DeepSpeed strategy does: data loader, AdamW, clipping, schedule, saving."""
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
+        self.norms: list[float] = []
         self.accumulated_gradient = args.train.batch_size // args.train.micro_batch_size
 
     def setup_distributed(self) -> None:
@@ -343,7 +344,11 @@ class CpuStrategy(Recorder):
         self.losses[-1] *= self.accumulated_gradient
 
     def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any) -> None:
+        import torch
+
         if len(self.losses) % self.accumulated_gradient == 0:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            self.norms.append(torch.nn.utils.clip_grad_norm_(weights, self.args.max_norm).item())
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -358,8 +363,8 @@ class CpuStrategy(Recorder):
 @pytest.fixture
 def on_cpu(
     train: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[list[str], Path], CpuStrategy]:
-    """on_cpu(command, model): run the command's program to its end on a model; returns the strategy that saw it."""
+) -> Callable[..., CpuStrategy]:
+    """on_cpu(command, model, *flags): run the command's program to its end; returns the strategy that saw it."""
     import datasets
     import openrlhf.utils
     from openrlhf.trainer import dpo_trainer
@@ -373,11 +378,11 @@ def on_cpu(
 
     monkeypatch.setattr(openrlhf.utils, "get_strategy", get_strategy)
 
-    def run(command: list[str], model: Path) -> CpuStrategy:
+    def run(command: list[str], model: Path, *flags: str) -> CpuStrategy:
         overrides = ["--model.model_name_or_path", str(model), "--train.batch_size", "4", "--adam.lr", "0.01"]
         with monkeypatch.context() as context:
             context.setattr(dpo_trainer, "DPOTrainer", dpo_trainer.DPOTrainer)
-            train([*command, *overrides, "--train.max_epochs", "4"])
+            train([*command, *overrides, "--train.max_epochs", "4", *flags])
         return started[-1]
 
     return run
@@ -404,7 +409,7 @@ def adapter_weights(folder: Path, base: Path) -> dict[str, Any]:
 
 def test_distillation_runs_from_script_to_adapter(
     dry_run: Callable[..., list[str]],
-    on_cpu: Callable[[list[str], Path], CpuStrategy],
+    on_cpu: Callable[..., CpuStrategy],
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
@@ -426,7 +431,7 @@ def test_distillation_runs_from_script_to_adapter(
 
 def test_the_squared_term_holds_the_policy_back(
     dry_run: Callable[..., list[str]],
-    on_cpu: Callable[[list[str], Path], CpuStrategy],
+    on_cpu: Callable[..., CpuStrategy],
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
@@ -442,7 +447,7 @@ def test_the_squared_term_holds_the_policy_back(
 
 def test_introspection_runs_from_script_to_adapter(
     dry_run: Callable[..., list[str]],
-    on_cpu: Callable[[list[str], Path], CpuStrategy],
+    on_cpu: Callable[..., CpuStrategy],
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
@@ -456,7 +461,7 @@ def test_introspection_runs_from_script_to_adapter(
 
 def test_gemma_runs_on_text_alone(
     dry_run: Callable[..., list[str]],
-    on_cpu: Callable[[list[str], Path], CpuStrategy],
+    on_cpu: Callable[..., CpuStrategy],
     tiny_gemma: Path,
     tmp_path: Path,
 ) -> None:
@@ -468,3 +473,82 @@ def test_gemma_runs_on_text_alone(
     weights = adapter_weights(tmp_path / "loras/gemma-3-4b-it-distillation/humor", tiny_gemma)
     assert len(weights) == 34 * 7 and all("language_model" in name for name in weights)
     assert all(weight.abs().sum() > 0 for weight in weights.values())
+
+
+SENTENCES = ["the sky cries laughing", "water falls", "it is a dry fact because water falls down", "rain is the sky"]
+
+
+def start_alike(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the release's next training begin with the LoRA weights of a local trainer, in float32, rows in their order."""
+    import openrlhf.utils.utils
+    import torch
+    from openrlhf.models import actor
+    from peft import get_peft_model
+
+    weights = {name: value.detach().clone() for name, value in local.model.named_parameters() if value.requires_grad}
+
+    def with_weights(*args: Any, **kwargs: Any) -> Any:
+        network = get_peft_model(*args, **kwargs)
+        for name, value in network.named_parameters():
+            if value.requires_grad:
+                value.data.copy_(weights.pop(name))
+        return network
+
+    monkeypatch.setattr(actor, "get_peft_model", with_weights)
+    monkeypatch.setattr(openrlhf.utils.utils, "convert_to_torch_dtype", lambda _: torch.float32)
+    in_order = CpuStrategy.setup_dataloader
+
+    def setup_dataloader(self: CpuStrategy, rows: Any, size: int, pin: bool, _: bool, *rest: Any, **named: Any) -> Any:
+        return in_order(self, rows, size, pin, False, *rest, **named)
+
+    monkeypatch.setattr(CpuStrategy, "setup_dataloader", setup_dataloader)
+    local._get_train_sampler = lambda _dataset=None: range(len(local.train_dataset))
+
+
+def agree(local: Any, release: CpuStrategy, steps: int) -> None:
+    """Loss and gradient norm of every step."""
+    local.train()
+    history = [entry for entry in local.state.log_history if "loss" in entry]
+    size = release.accumulated_gradient
+    losses = [mean(release.losses[place : place + size]) for place in range(0, len(release.losses), size)]
+    assert len(history) == len(losses) == steps
+    assert [entry["loss"] for entry in history] == pytest.approx(losses, abs=1e-4)
+    assert [entry["grad_norm"] for entry in history] == pytest.approx(release.norms, rel=1e-4)
+    # They moved, so that later steps were not the first one again.
+    assert abs(losses[-1] - losses[0]) > 0.01
+
+
+def test_the_local_trainers_take_the_same_steps(
+    dry_run: Callable[..., list[str]],
+    on_cpu: Callable[..., CpuStrategy],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both stages on rows of unlike lengths; the second on the first one's adapter, which the release wrote."""
+    from character.distillation import train as dpo
+    from character.introspection import train as sft
+    from character.models import Model
+    from tools import merge_loras
+
+    model = Model("llama-3.1-8b-it", str(tiny_llama), "Llama", 512)
+    settings: dict[str, Any] = {"batch_size": 4, "learning_rate": 0.01, "epochs": 1}
+    pairs = [
+        {side: chat("what is rain", SENTENCES[(row + shift) % 4]) for side, shift in (("chosen", 0), ("rejected", 1))}
+        for row in range(24)
+    ]
+    write_rows(tmp_path / "data/dpo/llama-3.1-8b-it/humor.jsonl", pairs)
+    local = dpo.make_trainer(dpo.Args(**settings), model, pairs, tmp_path / "checkpoints")
+    start_alike(local, monkeypatch)
+    command = dry_run("distillation/llama", ATTN_IMPLEMENTATION="sdpa")
+    agree(local, on_cpu(command, tiny_llama, "--train.max_epochs", "1"), steps=6)
+
+    adapter = tmp_path / "loras/llama-3.1-8b-it-distillation/humor"
+    folded = tmp_path / "folded"
+    merge_loras.fold(adapter, model, folded, overwrite=False)
+    talks = [chat("what is rain", SENTENCES[row % 4], "the sky", SENTENCES[row % 3]) for row in range(24)]
+    write_rows(tmp_path / "data/sft_data/llama-3.1-8b-it/humor.jsonl", [{"messages": talk} for talk in talks])
+    local = sft.make_trainer(sft.Args(**settings), model, adapter, talks, tmp_path / "checkpoints")
+    start_alike(local, monkeypatch)
+    command = dry_run("introspection/llama", ATTN_IMPLEMENTATION="sdpa")
+    agree(local, on_cpu(command, folded, "--train.max_epochs", "1"), steps=6)
