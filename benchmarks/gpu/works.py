@@ -24,7 +24,7 @@ from typing import Any
 import shape
 
 from character import training
-from character.engine import Sampling, Steering
+from character.engine import Engine, Sampling, Steering
 from character.engine.chat import load_chat
 from character.engine.transformers import load_model, load_network
 from character.engine.vllm import CPU_DEFAULTS, VLLMEngine
@@ -47,7 +47,7 @@ SEED = 123456
 # More batch sizes with a CUDA graph: vLLM's own end at 512, and 1,024 sequences with the prompts that join them are more.
 GRAPHS = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(320, 1537, 64)]
 # Sides that use two GPUs; every other one sees one.
-ON_TWO_GPUS = ("teacher.dp", "teacher.tp")
+ON_TWO_GPUS = ("teacher.dp", "teacher.tp", "dpo.two", "sft.two")
 
 
 @dataclass
@@ -1004,31 +1004,30 @@ def truth_parts(context: Context) -> tuple[Path, Path]:
     return adapter, path
 
 
-def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **precision: str) -> None:
-    """Greedy answers in each of these ways. precision: as for `open_engine`."""
+def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **extra: Any) -> None:
+    """Greedy answers in each of these ways. extra: settings of vLLM's engine that an experiment adds."""
     from character.engine import open_engine
 
     conversations = truth_requests(context)
     adapter, vector = truth_parts(context)
+    answers: dict[str, list[str]] = {way: [""] * len(conversations) for way in ways}
 
     async def run() -> None:
-        engine = open_engine(
-            resolve("pocket"),
-            engine=engine_name,
-            seed=SEED,
-            adapters=[adapter],
-            steered="steered" in ways,
-            precision=precision,
-        )
+        steered = "steered" in ways
+        if extra:
+            engine: Engine = Measured(resolve("pocket"), SEED, [adapter], steered, extra=extra)
+        else:
+            engine = open_engine(resolve("pocket"), engine=engine_name, seed=SEED, adapters=[adapter], steered=steered)
         async with engine:
-            answers = {}
             for way in ways:
                 used = adapter if "adapter" in way else None
                 steering = Steering(vector, 1.0) if "steered" in way else None
-                replies = await asyncio.gather(
-                    *(engine.reply(each, GREEDY, used, steering=steering) for each in conversations)
-                )
-                answers[way] = [reply.text for reply in replies]
+                # Those behind the constitution by themselves, so that all requests at once share what they begin with.
+                for half in (slice(0, None, 2), slice(1, None, 2)):
+                    replies = await asyncio.gather(
+                        *(engine.reply(each, GREEDY, used, steering=steering) for each in conversations[half])
+                    )
+                    answers[way][half] = [reply.text for reply in replies]
                 context.tell(answers=answers)
 
     asyncio.run(run())
@@ -1062,6 +1061,12 @@ def truth_fp8_cache(context: Context) -> None:
     truth_answers(context, "vllm", PLAIN, kv_cache_dtype="fp8")
 
 
+def truth_cascade(context: Context) -> None:
+    """vLLM's answers where the prefix that all requests share is read once per batch."""
+    os.environ |= FIRST_RUNNER
+    truth_answers(context, "vllm", PLAIN, **CASCADE)
+
+
 def told_answers(context: Context, side: str) -> dict[str, list[str]]:
     """way → the answers of a side; empty for one that did not run."""
     path = context.out.with_name(f"truth.{side}.json")
@@ -1070,7 +1075,7 @@ def told_answers(context: Context, side: str) -> dict[str, list[str]]:
 
 
 def truth_judged(context: Context) -> None:
-    """How often vLLM and transformers agree, 8 bits and 16, and how near two tokens were in float32 where they part."""
+    """How often vLLM and transformers agree, and an experiment and vLLM; how near two tokens were where they part."""
     import peft
     import torch
 
@@ -1080,7 +1085,7 @@ def truth_judged(context: Context) -> None:
     adapter, path = truth_parts(context)
     usual, expected = told_answers(context, "vllm"), told_answers(context, "transformers")
     compared = [("", usual | told_answers(context, "steered"), expected)]
-    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache")]
+    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache", "cascade")]
 
     model = resolve("pocket")
     network, tokenizer = load_network(model)
@@ -1157,7 +1162,7 @@ EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
         "tight": interaction_tight,
         "tight_all": interaction_tight_all,
     },
-    "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache},
+    "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache, "cascade": truth_cascade},
     "dpo": {
         "compiled": dpo_compiled,
         "padded": dpo_padded,
