@@ -111,9 +111,8 @@ def trainer_arguments(args: TrainArgs, at_once: AtOnce, folder: Path, rows_in: i
         "gradient_checkpointing": at_once.recomputed,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": cuda,
-        # Every LoRA weight is used in every pass, and no buffer ever changes.
+        # Every LoRA weight is used in every pass.
         "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,
         "use_liger_kernel": cuda and fused_kernels(),
         "seed": args.seed,
         "logging_steps": 1,
@@ -419,8 +418,11 @@ class Unpadded:
     """
 
     def __init__(self, network: Any):
+        import torch
         import transformers
 
+        # FlashAttention's generation of GPUs.
+        self.kernel = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         transformers.AttentionInterface.register("unpadded", self._attention)
         transformers.AttentionMaskInterface.register("unpadded", lambda *_, **__: None)
         network.set_attn_implementation("unpadded")
@@ -456,7 +458,7 @@ class Unpadded:
         import torch
 
         query, key, value = (part[0].transpose(0, 1) for part in parts[:3])
-        kernel = query.is_cuda and query.dtype != torch.float32
+        kernel = self.kernel and query.dtype != torch.float32
         return (self._by_borders if kernel else self._by_rows)(query, key, value, scaling)[None], None
 
     def _by_borders(self, query: Any, key: Any, value: Any, scaling: float | None) -> Any:

@@ -1,6 +1,11 @@
 """What both training steps share: how a batch is divided by a GPU's memory, the order of rows, and what is left out."""
 
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -225,6 +230,12 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+PAIRS = [
+    {side: talk(question, WORDS[(number + more) % 3]) for more, side in enumerate(("chosen", "rejected"))}
+    for number, question in enumerate(QUESTIONS)
+]
+
+
 @pytest.fixture
 def make(chat_model: Callable[[str], Model], tmp_path: Path) -> Callable[..., Any]:
     """make("dpo", ...): a Trainer on six rows, in batches of six. at_once: rows."""
@@ -237,14 +248,7 @@ def make(chat_model: Callable[[str], Model], tmp_path: Path) -> Callable[..., An
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "trainer_arguments", arguments)
             if kind == "dpo":
-                pairs = [
-                    {
-                        side: talk(question, WORDS[(number + more) % 3])
-                        for more, side in enumerate(("chosen", "rejected"))
-                    }
-                    for number, question in enumerate(QUESTIONS)
-                ]
-                trainer = train.make_trainer(train.Args(**given), model, pairs, tmp_path)
+                trainer = train.make_trainer(train.Args(**given), model, PAIRS, tmp_path)
             else:
                 adapter = tmp_path / "adapter"
                 if not adapter.exists():
@@ -284,6 +288,42 @@ def test_training_learns_the_same_without_what_a_gpu_need_not_do(kind: str, make
     assert max(seen) <= 40 * sides and len(seen) > 3 * sides, "in several parts, none too large"
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(isinstance(entry["entropy"], float) for entry in logged)
+
+
+# What each of two processes runs: model, folder, and the pairs as JSON.
+ONE_OF_TWO = """
+import json, sys
+from pathlib import Path
+from character import training
+from character.distillation import train
+from character.models import resolve
+
+model, folder, args, pairs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+training.micro_batch_of = lambda *_: training.AtOnce(3, 80)
+trainer = train.make_trainer(train.Args(**args), resolve(model), pairs, folder)
+training.speed_up(trainer, [len(row["chosen_ids"]) for row in trainer.train_dataset], 6, tokens=80, sides=2)
+trainer.args.save_strategy = "no"
+trainer.train()
+if training.is_main():
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    (folder / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def test_two_processes_learn_as_one_does(make: Callable[..., Any], tmp_path: Path) -> None:
+    alone = make("dpo", 6)
+    model = alone.model.get_base_model().config._name_or_path
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", ONE_OF_TWO, model, str(tmp_path), json.dumps(ARGS), json.dumps(PAIRS)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -143,6 +143,8 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
         loss_type=["sigmoid_norm" if args.length_normalized else "sigmoid"],
         max_length=args.max_length,
     )
+    # A process trains on one GPU, however many there are.
+    config._n_gpu = min(1, config.n_gpu)
     trainer = Trainer(
         model=network,
         peft_config=training.lora_config(model, args),

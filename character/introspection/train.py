@@ -87,6 +87,8 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
         packing=args.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # A process trains on one GPU, however many there are.
+    config._n_gpu = min(1, config.n_gpu)
     trainer = trl.SFTTrainer(
         model=network,
         peft_config=training.lora_config(model, args),
