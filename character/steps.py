@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -216,37 +217,42 @@ async def _generate(
         "precision": precision_of(args),
     }
     engine = await kept.open(model, adapters, options)
-    results = await asyncio.gather(
-        *(
-            job.rows.fill(
-                _bound(job, engine),
-                concurrency=rows_at_once(engine, job.replies, job.max_tokens, len(jobs)),
-                info=lambda: asdict(engine.info),
-            )
-            for job in jobs
-        ),
-        return_exceptions=True,
-    )
+    at_once = min(rows_at_once(engine, job.replies, job.max_tokens) for job in jobs)
+    free = asyncio.Semaphore(at_once)
+    under_way = [asyncio.Event() for _ in jobs]
+
+    async def fill(number: int, job: Job) -> None:
+        """Finish a file, once every row of the one before it is under way: rows of one file begin with the same text."""
+        if number:
+            await under_way[number - 1].wait()
+        waiting = len(job.rows.missing)
+
+        async def work(row: Row) -> Row:
+            nonlocal waiting
+            async with free:
+                waiting -= 1
+                if not waiting:
+                    under_way[number].set()
+                return await job.work(engine, row)
+
+        try:
+            await job.rows.fill(work, concurrency=at_once, info=lambda: asdict(engine.info))
+        finally:
+            under_way[number].set()
+
+    results = await asyncio.gather(*itertools.starmap(fill, enumerate(jobs)), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
 
 
-def rows_at_once(engine: Engine, replies: int, max_tokens: int, jobs: int = 1) -> int:
-    """Rows of one of so many files in flight: as many as keep the engine busy. replies: of a row. max_tokens: of a reply.
+def rows_at_once(engine: Engine, replies: int, max_tokens: int) -> int:
+    """Rows in flight: as many as keep the engine busy. replies: of a row. max_tokens: of a reply.
 
     A row of several replies comes back with a longer prompt each time. What was computed of it is reused only while its
     keys and values are in memory, of both speakers' views of what was said: half of all in the mean over a conversation.
     """
-    share = max(1, engine.concurrency // jobs)
     if engine.room is None or replies == 1:
-        return share
+        return engine.concurrency
     held = MEAN_REPLY * max_tokens * replies
-    return min(share, max(FEWEST_ROWS, int(engine.room / jobs / held)))
-
-
-def _bound(job: Job, engine: Engine) -> Callable[[Row], Awaitable[Row]]:
-    async def work(row: Row) -> Row:
-        return await job.work(engine, row)
-
-    return work
+    return min(engine.concurrency, max(FEWEST_ROWS, int(engine.room / held)))

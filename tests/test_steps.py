@@ -1,5 +1,6 @@
 """The engine that the steps of one process share: when it is reused, when another one is opened, and that it is closed."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,21 +43,13 @@ class Engines:
 
 
 @pytest.mark.parametrize(
-    ("room", "replies", "jobs", "expected"),
-    [
-        (None, 10, 1, 1280),
-        (400_000, 1, 1, 1280),
-        (400_000, 10, 1, 97),
-        (400_000, 10, 2, 48),
-        (400_000, 10, 100, 12),
-        (24_000, 10, 1, 16),
-        (40_000_000, 10, 1, 1280),
-    ],
+    ("room", "replies", "expected"),
+    [(None, 10, 1280), (400_000, 1, 1280), (400_000, 10, 97), (24_000, 10, 16), (40_000_000, 10, 1280)],
 )
-def test_rows_of_several_replies_keep_their_prefixes(room: int | None, replies: int, jobs: int, expected: int) -> None:
+def test_rows_of_several_replies_keep_their_prefixes(room: int | None, replies: int, expected: int) -> None:
     engine = Scripted(MODEL, lambda *_: "Aye.")
     engine.concurrency, engine.room = 1280, room
-    assert steps.rows_at_once(engine, replies, 1024, jobs) == expected
+    assert steps.rows_at_once(engine, replies, 1024) == expected
 
 
 @pytest.fixture
@@ -120,3 +113,46 @@ def test_a_step_that_fails_closes_the_engine(engines: Engines, tmp_path: Path) -
     assert engines.events == ["open 1", "close 1", "open 2", "close 2"]
     step(tmp_path / "c.jsonl")
     assert engines.events[4:] == ["open 3", "close 3"]
+
+
+def test_files_are_filled_in_turn_without_a_pause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[str] = []
+    most = busy = 0
+
+    async def answer(messages: list[dict[str, str]], _: str) -> str:
+        nonlocal busy, most
+        busy += 1
+        most = max(most, busy)
+        begun.append(messages[0]["content"])
+        try:
+            await asyncio.sleep(0.001 * (len(begun) % 5))
+        finally:
+            busy -= 1
+        return "Aye."
+
+    async def work(engine: Engine, row: Row) -> Row:
+        if row["prompt"] == "b 3":
+            raise UserError("b is broken")
+        return (await engine.reply([{"role": "user", "content": row["prompt"]}], steps.Sampling())).row()
+
+    def opened(model: Model, **_: Any) -> Engine:
+        engine = Scripted(model, answer)
+        engine.concurrency = 4
+        return engine
+
+    monkeypatch.setattr(steps, "open_engine", opened)
+    jobs = [
+        steps.Job(
+            Rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {number}"} for number in range(9)], {}, False),
+            work,
+            lambda row: 4,
+            10,
+        )
+        for name in "abc"
+    ]
+    with pytest.raises(UserError, match="b is broken"):
+        steps.generate(jobs, ARGS, MODEL)
+    names = [text[0] for text in begun]
+    assert names == sorted(names) and names.count("a") == names.count("c") == 9
+    assert most == 4
+    assert [job.rows.path.exists() for job in jobs] == [True, False, True]
