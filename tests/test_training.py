@@ -1,5 +1,6 @@
 """What both training steps share: how a batch is divided by a GPU's memory, the order of rows, and what is left out."""
 
+import itertools
 import json
 import math
 import os
@@ -379,3 +380,27 @@ def test_a_layer_that_is_switched_off_is_the_base(make: Callable[..., Any]) -> N
             base = trainer.model(input_ids=ids).logits
         again = trainer.model(input_ids=ids).logits
     assert torch.equal(off, base) and torch.equal(adapted, again) and not torch.allclose(adapted, base)
+
+
+def test_attention_by_borders_is_attention_by_rows(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that attends row by row for the kernel, which only a GPU has."""
+    import torch
+    from torch.nn.attention import varlen
+
+    def by_hand(query: Any, key: Any, value: Any, ends: Any, same: Any, most: int, _: int, **given: Any) -> Any:
+        assert torch.equal(ends, same) and ends.dtype == torch.int32 and given["window_size"] == (-1, 0)
+        rows = list(itertools.pairwise(ends.tolist()))
+        assert max(end - start for start, end in rows) <= most
+        parts = ([part[start:end].transpose(0, 1) for part in (query, key, value)] for start, end in rows)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        found = [attend(*part, is_causal=True, scale=given["scale"], enable_gqa=True) for part in parts]
+        return torch.cat([part.transpose(0, 1) for part in found])
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_hand)
+    unpadded = training.Unpadded(make("dpo", 6).model.get_base_model())
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    unpadded._enter(None, (), {"attention_mask": mask, "input_ids": mask})
+    query, key, value = (torch.randn(11, heads, 16) for heads in (4, 2, 2))
+    by_borders, by_rows = (way(query, key, value, 0.3) for way in (unpadded._by_borders, unpadded._by_rows))
+    assert by_rows.shape == (11, 4, 16)
+    torch.testing.assert_close(by_borders, by_rows)
