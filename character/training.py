@@ -320,17 +320,29 @@ class Parts:
         """The rows of each part, as many parts in every process."""
         import torch
 
-        parts: list[list[int]] = [[]]
-        for row in range(len(lengths)):
-            if parts[-1] and self._taken(lengths, [*parts[-1], row]) > self.tokens:
-                parts.append([])
-            parts[-1].append(row)
+        parts = self._filled(lengths, self.tokens)
+        # A small last part would not keep a GPU busy: as few parts, of about one size.
+        share = self._taken(lengths, [row for part in parts for row in part]) / len(parts)
+        for limit in (share * tenths / 10 for tenths in range(10, 20)):
+            even = self._filled(lengths, min(limit, self.tokens))
+            if len(even) == len(parts):
+                parts = even
+                break
         count = torch.tensor([len(parts)], device=self.trainer.accelerator.device)
         most = int(self.trainer.accelerator.gather(count).max())
         while len(parts) < most:
             largest = max(parts, key=len)
             place = parts.index(largest)
             parts[place : place + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return parts
+
+    def _filled(self, lengths: list[list[int]], limit: float) -> list[list[int]]:
+        """The rows of each part where every part takes what fits."""
+        parts: list[list[int]] = [[]]
+        for row in range(len(lengths)):
+            if parts[-1] and self._taken(lengths, [*parts[-1], row]) > limit:
+                parts.append([])
+            parts[-1].append(row)
         return parts
 
     def _taken(self, lengths: list[list[int]], rows: list[int]) -> int:
@@ -420,7 +432,12 @@ class Unpadded:
     def __init__(self, network: Any):
         import torch
         import transformers
+        from torch.nn.attention.varlen import varlen_attn
 
+        # An older torch has no such argument: there keys and values may have fewer heads unasked.
+        self.asked: dict[str, Any] = (
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        )
         # FlashAttention's generation of GPUs.
         self.kernel = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         transformers.AttentionInterface.register("unpadded", self._attention)
@@ -465,12 +482,10 @@ class Unpadded:
         """Through a kernel that takes tokens and where each row begins."""
         from torch.nn.attention.varlen import varlen_attn
 
-        # An older torch has no such argument: there keys and values may have fewer heads unasked.
-        asked: dict[str, Any] = (
-            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        )
         ends, length = self.borders, self.shape[1]
-        return varlen_attn(query, key, value, ends, ends, length, length, scale=scaling, window_size=(-1, 0), **asked)
+        return varlen_attn(
+            query, key, value, ends, ends, length, length, scale=scaling, window_size=(-1, 0), **self.asked
+        )
 
     def _by_rows(self, query: Any, key: Any, value: Any, scaling: float | None) -> Any:
         """On rows with their padding."""

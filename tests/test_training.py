@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -218,6 +219,29 @@ def test_steps_keep_their_rows_and_sort_them() -> None:
         assert dealt[start : start + 4] == [*first, *second]
     sampler.set_epoch(1)
     assert sorted(sampler) == sorted(order) and list(sampler) != order
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padded", "sizes"),
+    [
+        (1000, False, [8]),
+        (60, False, [2, 3, 3]),
+        (60, True, [2, 3, 3]),
+        (30, False, [1, 1, 1, 1, 2, 2]),
+        (10, False, [1] * 8),
+    ],
+)
+def test_a_step_is_divided_into_parts_of_about_one_size(tokens: int, padded: bool, sizes: list[int]) -> None:
+    accelerator = types.SimpleNamespace(device="cpu", gather=lambda count: count)
+    lengths = [[30], [25], [20], [20], [15], [10], [10], [5]]
+    parts = training.Parts(types.SimpleNamespace(accelerator=accelerator), tokens, 1, padded)
+    found = parts._divided(lengths)
+    assert [row for part in found for row in part] == list(range(8))
+    assert [len(part) for part in found] == sizes
+    # Another process has more.
+    accelerator.gather = lambda count: count * 0 + 7
+    more = parts._divided(lengths)
+    assert [row for part in more for row in part] == list(range(8)) and len(more) == max(7, len(found)) and all(more)
 
 
 # What is left out on a GPU changes no result: seen here on the CPU.
