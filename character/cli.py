@@ -41,9 +41,6 @@ class EngineArgs:
     engine: EngineName = flag("auto", "auto: vllm where a GPU and vLLM are present, else transformers")
     base_url: str | None = flag(None, "an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     api_key_variable: str = flag("OPENAI_API_KEY", "the environment variable (or .env entry) with the endpoint's key")
-    concurrency: int | None = flag(
-        None, "requests at once to the endpoint (default: 256); about 1,000 per GPU of one that you serve yourself"
-    )
     name: str | None = flag(None, "the family name used in prompts, where it cannot be read off the model's id")
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
     top_p: float = flag(0.95, "nucleus sampling")

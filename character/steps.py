@@ -28,6 +28,9 @@ FEWEST_ROWS = 16
 class GenerateArgs(cli.EngineArgs, cli.StepArgs):
     """Flags of a step that generates text."""
 
+    concurrency: int | None = cli.flag(
+        None, "requests at once to an endpoint (default: 256); about 1,000 per GPU of one that you serve yourself"
+    )
     tokens_per_second: float | None = cli.flag(None, "of your machine; --dry-run then tells the time")
 
 
