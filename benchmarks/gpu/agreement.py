@@ -27,7 +27,7 @@ from character.utils import UserError, git_commit, read_json, read_jsonl, versio
 
 HERE = Path(__file__).parent
 STUDENT, NAME = "llama-3.1-8b-it", "humor"
-STEPS, MICRO_BATCH = 20, 2
+STEPS = 20
 # Stage: the folder of its data, the columns of a row, and rows per step.
 STAGES = {"distillation": ("dpo", ("chosen", "rejected"), 12), "introspection": ("sft_data", ("messages",), 4)}
 # Largest difference of a step, relative to this project's figure.
@@ -73,7 +73,7 @@ def train_ours(stage: str, folder: Path) -> None:
     part, _, batch = STAGES[stage]
     rows = list(read_jsonl(folder / "data" / part / STUDENT / f"{NAME}.jsonl"))
     program: Any = dpo if stage == "distillation" else sft
-    args = program.Args(model=STUDENT, batch_size=batch, micro_batch_size=MICRO_BATCH)
+    args = program.Args(model=STUDENT, batch_size=batch)
     # The order in which OpenRLHF's sampler draws them.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = [rows[place] for place in order]
@@ -131,7 +131,7 @@ def run(what: str, command: list[str], folder: Path, **variables: str) -> list[d
 def openrlhf_command(stage: str, folder: Path, num_gpus: int) -> list[str]:
     """What finetuning/<stage>/llama.sh would start, with our worker around the program that trains."""
     script = str(ROOT / "finetuning" / stage / "llama.sh")
-    flags = ["--train.batch_size", str(STAGES[stage][2]), "--train.micro_batch_size", str(MICRO_BATCH)]
+    flags = ["--train.batch_size", str(STAGES[stage][2])]
     settings = {"NUM_GPUS": str(num_gpus), "ATTN_IMPLEMENTATION": "sdpa"}
     done = subprocess.run(
         [script, "--dry-run", NAME, *flags],

@@ -36,7 +36,7 @@ def test_the_command_is_the_scripts(
 ) -> None:
     """All of its flags, with another program around the one that trains, and smaller batches."""
     places = {"DATA_PATH": tmp_path / "data", "MODEL_PATH": tmp_path / "model", "LORA_PATH": tmp_path / "lora"}
-    flags = ["--train.batch_size", str(agreement.STAGES[stage][2]), "--train.micro_batch_size", "2"]
+    flags = ["--train.batch_size", str(agreement.STAGES[stage][2])]
     script = dry_run(
         f"{stage}/llama", *flags, NUM_GPUS="2", ATTN_IMPLEMENTATION="sdpa", **{k: str(v) for k, v in places.items()}
     )
