@@ -31,7 +31,7 @@ STEPS = 20
 # Stage: the folder of its data, the columns of a row, and rows per step.
 STAGES = {"distillation": ("dpo", ("chosen", "rejected"), 12), "introspection": ("sft_data", ("messages",), 4)}
 # Largest difference of a step, relative to this project's figure.
-TOLERANCE = {"loss": 0.01, "grad_norm": 0.03}
+TOLERANCE = {"loss": 0.01, "grad_norm": 0.05}
 # The environment variable with the folder in which a training finds its LoRA weights and writes its steps.
 TOLD = "AGREEMENT_FOLDER"
 
