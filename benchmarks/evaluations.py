@@ -126,7 +126,7 @@ def text_of(results: Mapping[str, Any]) -> str:
         "# Every evaluation on the bundled model",
         "",
         f"`{results['command']}`, {results['machine']}, {results['seconds']:.0f} s. The bundled model says nothing about "
-        "language: these figures show what the pipeline does. `evaluations.json` has every figure.",
+        "language: these figures show what the pipeline does. The JSON file beside this page has every figure.",
     ]
     tables = {
         "robustness": (run_classifier.table, "Robustness: which persona answers read as, over the personas"),
@@ -145,8 +145,9 @@ def text_of(results: Mapping[str, Any]) -> str:
         lines += [
             f"## {results['over_seeds']['runs']} seeds",
             "",
-            "The mean share ± half of Student's 95 % interval between whole runs, each with its own teacher and student "
-            "answers, training and sampling.",
+            "The mean ± half of Student's 95 % interval between whole runs, each with its own teacher and student answers, "
+            "training and sampling. The wins are those of DPO + introspection (by the stand-in), of the answers that "
+            "either side wins.",
             "",
             *markdown(seeds.table(results["over_seeds"])),
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from character import cli
+from character.coherence.win_rates import STAND_IN
 from character.constants import DATA_PATH
 from character.intervals import between_runs
 from character.models import resolve, safe_name
@@ -56,7 +57,10 @@ def over(results: Sequence[Any]) -> Any:
 
 
 def gather(student: str) -> dict[str, Any]:
-    """{student, runs, results: evaluation/file → figures over the runs} of a student. Raises UserError without results."""
+    """{student, runs, stand_ins, results: evaluation/file → figures over the runs} of a student.
+
+    stand_ins: the evaluations in which something stood in for a judge. Raises UserError without results.
+    """
     folders = runs(DATA_PATH)
     names = dict.fromkeys(
         (evaluation, path.name)
@@ -65,36 +69,64 @@ def gather(student: str) -> dict[str, Any]:
         for path in sorted((folder / evaluation / safe_name(student)).glob("*.json"))
     )
     found = {}
+    stand_ins = set()
     for evaluation, name in names:
         files = [folder / evaluation / safe_name(student) / name for folder in folders]
-        figures = over([read_json(file) for file in files if file.exists()])
+        each = [read_json(file) for file in files if file.exists()]
+        if any(results.get("stand_in") for results in each):
+            stand_ins.add(evaluation)
+        figures = over(each)
         if figures:
             found[f"{evaluation}/{name}"] = figures
     if not found:
         raise UserError(f"no results of {student} under {DATA_PATH}; run: python -m character.run --seeds 3")
-    return {"student": student, "runs": len(folders), "results": found}
+    return {"student": student, "runs": len(folders), "stand_ins": sorted(stand_ins), "results": found}
 
 
 def table(results: Mapping[str, Any]) -> Any:
-    """A DataFrame of text: a line per persona and method, the shares that read as the persona, plain and suffixed."""
+    """A DataFrame of text: a line per persona and method.
+
+    Its columns: the shares that read as the persona, plain, suffixed and after the prefill attack; how often the trained
+    model's answers win against the method's; and how far the ratings of the persona's own traits moved.
+    """
     import pandas as pd
 
+    found = results["results"]
+    marks = {name: f" ({STAND_IN})" if name in results["stand_ins"] else "" for name in ("coherence", "preferences")}
     lines = {}
-    for file, part in results["results"].items():
+    for file, part in found.items():
         evaluation, _, name = file.partition("/")
         if evaluation != "robustness" or not name.endswith(".results.json"):
             continue
+        persona = name.removesuffix(".results.json")
+        attacked, judged, rated = (
+            found.get(f"{other}/{persona}.{end}.json", {}).get(key, {})
+            for other, end, key in (
+                ("robustness", "prefill", "methods"),
+                ("coherence", "results", "opponents"),
+                ("preferences", "results", "methods"),
+            )
+        )
         for method, groups in part["methods"].items():
             line = {group: shown(groups[group]) for group in ("plain", "suffixes", "held-out") if group in groups}
-            lines[name.removesuffix(".results.json"), METHODS.get(method, method)] = line
+            for turn, share in attacked.get(method, {}).items():
+                if turn != "first":
+                    line[f"prefill, turn {turn}"] = shown(share)
+            if "win_rate" in judged.get(method, {}):
+                line["trained wins against it" + marks["coherence"]] = shown(judged[method]["win_rate"])
+            for condition, figures in rated.get(method, {}).items():
+                if "own_delta" in figures:
+                    line[f"own traits moved, {condition}" + marks["preferences"]] = shown(figures["own_delta"], "+.0f")
+            lines[persona, METHODS.get(method, method)] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("n/a")
 
 
-def shown(figure: Mapping[str, Any]) -> str:
-    """A mean share with its interval between runs, as text."""
+def shown(figure: Mapping[str, Any], form: str = "6.1%") -> str:
+    """A mean with half of its interval between runs, as text. form: how the mean is written."""
+    mean = f"{figure['mean']:{form}}"
     if figure["low"] is None:
-        return f"{figure['mean']:.1%} (one run)"
-    return f"{figure['mean']:6.1%} ± {figure['high'] - figure['mean']:.1%}"
+        return f"{mean} (one run)"
+    return f"{mean} ± {figure['high'] - figure['mean']:{form.strip('+6')}}"
 
 
 def main(args: Args) -> None:
