@@ -97,6 +97,8 @@ def save_adapter(folder: Path, model: Path, rank: int = RANK, scale: float = 0.1
     import safetensors.torch
     import torch
 
+    # vLLM forks this process, and the threads that torch would start here do not survive that.
+    torch.set_num_threads(1)
     config = json.loads((model / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     width = config.get("head_dim") or hidden // config["num_attention_heads"]
