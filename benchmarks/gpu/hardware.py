@@ -5,6 +5,7 @@ benchmarks/gpu/results.json → docs/hardware.md
 python benchmarks/gpu/hardware.py
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def page() -> str:
         "once will write slower than that), recomputed activations as one more forward pass. The time that engines take to "
         "start, the teacher (whatever model that is) and the evaluations come on top. A dash: does not fit."
     )
-    return "\n".join([*lines, text, "", *hours(works), ""])
+    return "\n".join([*lines, *textwrap.wrap(text, 120), "", *hours(works), ""])
 
 
 def main(_: Args) -> None:
