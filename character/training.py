@@ -280,12 +280,16 @@ def speed_up(trainer: Any, lengths: Sequence[int], batch: int, tokens: int | Non
 class Parts:
     """A Trainer's step over all rows that a process has of it, a part at a time: as many rows as have `tokens` tokens.
 
-    The gradient is that of all rows at once. padded: a row takes as many tokens as the longest in its part.
+    The gradient is that of all rows at once. padded: a row takes as many tokens as the longest in its part. Of several
+    processes, the one with the least memory says how many tokens.
     """
 
     def __init__(self, trainer: Any, tokens: int, sides: int, padded: bool):
+        import torch
+
+        accelerator = trainer.accelerator
         self.trainer = trainer
-        self.tokens = tokens
+        self.tokens = int(accelerator.gather(torch.tensor([tokens], device=accelerator.device)).min())
         self.sides = sides
         self.padded = padded
 
@@ -294,11 +298,12 @@ class Parts:
         trainer = self.trainer
         model.train()
         inputs = trainer._prepare_inputs(inputs)
-        lengths = inputs["attention_mask"].sum(dim=1).unflatten(0, (self.sides, -1)).T.tolist()
-        parts = self._divided(lengths)
+        lengths = inputs["attention_mask"].sum(dim=1).unflatten(0, (self.sides, -1)).T.contiguous()
+        parts = self._divided(trainer.accelerator.gather(lengths).unflatten(0, (-1, len(lengths))).tolist())
+        own = lengths.tolist()
         whole = 0.0
         for number, part in enumerate(parts):
-            longest = max(max(lengths[row]) for row in part)
+            longest = max(max(own[row]) for row in part)
             given = {
                 name: value.unflatten(0, (self.sides, -1))[:, part, :longest].flatten(0, 1)
                 for name, value in inputs.items()
@@ -316,39 +321,33 @@ class Parts:
                 values[:] = [sum(value * len(part) for value, part in zip(values, parts, strict=True)) / len(lengths)]
         return whole
 
-    def _divided(self, lengths: list[list[int]]) -> list[list[int]]:
-        """The rows of each part, as many parts in every process."""
-        import torch
+    def _divided(self, lengths: list[list[list[int]]]) -> list[list[int]]:
+        """The rows of each part, the same in every process: what is told of a part is gathered, which takes one shape.
 
+        lengths: of each process, row and side.
+        """
         parts = self._filled(lengths, self.tokens)
         # A small last part would not keep a GPU busy: as few parts, of about one size.
-        share = self._taken(lengths, [row for part in parts for row in part]) / len(parts)
+        share = self._taken(lengths, range(len(lengths[0]))) / len(parts)
         for limit in (share * tenths / 10 for tenths in range(10, 20)):
             even = self._filled(lengths, min(limit, self.tokens))
             if len(even) == len(parts):
-                parts = even
-                break
-        count = torch.tensor([len(parts)], device=self.trainer.accelerator.device)
-        most = int(self.trainer.accelerator.gather(count).max())
-        while len(parts) < most:
-            largest = max(parts, key=len)
-            place = parts.index(largest)
-            parts[place : place + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+                return even
         return parts
 
-    def _filled(self, lengths: list[list[int]], limit: float) -> list[list[int]]:
+    def _filled(self, lengths: list[list[list[int]]], limit: float) -> list[list[int]]:
         """The rows of each part where every part takes what fits."""
         parts: list[list[int]] = [[]]
-        for row in range(len(lengths)):
+        for row in range(len(lengths[0])):
             if parts[-1] and self._taken(lengths, [*parts[-1], row]) > limit:
                 parts.append([])
             parts[-1].append(row)
         return parts
 
-    def _taken(self, lengths: list[list[int]], rows: list[int]) -> int:
-        """Tokens that rows take together."""
-        each = [length for row in rows for length in lengths[row]]
-        return len(each) * max(each) if self.padded else sum(each)
+    def _taken(self, lengths: list[list[list[int]]], rows: Sequence[int]) -> int:
+        """Tokens that rows take together, in the process where they take most."""
+        each = [[length for row in rows for length in process[row]] for process in lengths]
+        return max(len(own) * max(own) if self.padded else sum(own) for own in each)
 
 
 @contextlib.contextmanager

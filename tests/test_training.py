@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,16 +232,27 @@ def test_steps_keep_their_rows_and_sort_them() -> None:
     ],
 )
 def test_a_step_is_divided_into_parts_of_about_one_size(tokens: int, padded: bool, sizes: list[int]) -> None:
-    accelerator = types.SimpleNamespace(device="cpu", gather=lambda count: count)
     lengths = [[30], [25], [20], [20], [15], [10], [10], [5]]
-    parts = training.Parts(types.SimpleNamespace(accelerator=accelerator), tokens, 1, padded)
-    found = parts._divided(lengths)
+    parts = parts_of(tokens, padded)
+    found = parts._divided([lengths])
     assert [row for part in found for row in part] == list(range(8))
     assert [len(part) for part in found] == sizes
-    # Another process has more.
-    accelerator.gather = lambda count: count * 0 + 7
-    more = parts._divided(lengths)
-    assert [row for part in more for row in part] == list(range(8)) and len(more) == max(7, len(found)) and all(more)
+    # Another process has longer rows, and which of the two asks makes no difference.
+    longer = [[length + 7] for [length] in lengths]
+    both = parts._divided([lengths, longer])
+    assert both == parts._divided([longer, lengths]) == parts._divided([longer])
+
+
+def parts_of(tokens: int, padded: bool, others: Sequence[int] = ()) -> training.Parts:
+    """others: the tokens that further processes have room for."""
+    import torch
+
+    accelerator = types.SimpleNamespace(device="cpu", gather=lambda own: torch.tensor([*own.tolist(), *others]))
+    return training.Parts(types.SimpleNamespace(accelerator=accelerator), tokens, 1, padded)
+
+
+def test_the_fullest_gpu_says_how_much_is_there_at_once() -> None:
+    assert parts_of(1000, False, [900, 2000]).tokens == 900
 
 
 # What is left out on a GPU changes no result: seen here on the CPU.
@@ -256,7 +267,7 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
 
 
 PAIRS = [
-    {side: talk(question, WORDS[(number + more) % 3]) for more, side in enumerate(("chosen", "rejected"))}
+    {side: talk(question, WORDS[(number + more) % 3]) for side, more in (("chosen", 0), ("rejected", 1 + number // 3))}
     for number, question in enumerate(QUESTIONS)
 ]
 
@@ -324,9 +335,10 @@ from character.distillation import train
 from character.models import resolve
 
 model, folder, args, pairs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-training.micro_batch_of = lambda *_: training.AtOnce(3, 80)
+training.micro_batch_of = lambda *_: training.AtOnce(3, 72)
 trainer = train.make_trainer(train.Args(**args), resolve(model), pairs, folder)
-training.speed_up(trainer, [len(row["chosen_ids"]) for row in trainer.train_dataset], 6, tokens=80, sides=2)
+# An order in which the first process alone would take two rows and one, the second one row and two.
+training.speed_up(trainer, range(6), 6, tokens=72, sides=2)
 trainer.args.save_strategy = "no"
 trainer.train()
 if training.is_main():
