@@ -185,6 +185,7 @@ class OpenAIEngine(Engine):
         self._token_ids: dict[str, list[int]] = {}
         self._adapters: dict[Path, str] = {}
         self._adapter_lock = asyncio.Lock()
+        self._gone: UserError | None = None
 
     def _note(self, text: str) -> None:
         if text not in self.info.notes:
@@ -330,6 +331,9 @@ class OpenAIEngine(Engine):
         pieces: Pieces | None = None,
     ) -> Reply:
         async with self._slots:
+            if self._gone:
+                # Many files wait behind the one that found it out, each of which would try for half a minute.
+                raise self._gone
             try:
                 async with asyncio.timeout(REPLY_SECONDS):
                     name = self._name if adapter is None else await self._adapter_name(adapter)
@@ -621,10 +625,11 @@ class OpenAIEngine(Engine):
         except APITimeoutError:
             return
         except APIConnectionError as error:
-            raise UserError(
+            self._gone = UserError(
                 f"{self.url} no longer answers ({self._words(error)}); finished rows are kept, start the server and "
                 "run again"
-            ) from None
+            )
+            raise self._gone from None
         except (APIError, Malformed):
             return
 
