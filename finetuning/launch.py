@@ -9,6 +9,7 @@ In: STAGE STUDENT [settings] -- [--dry-run] CONSTITUTION [flags]. Out: what the 
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -82,6 +83,14 @@ def check(stage: str, student: str, name: str, flags: list[str]) -> None:
     hosts = os.environ.get("HOSTFILE")
     if hosts and not Path(hosts).is_file():
         raise UserError(f"HOSTFILE={hosts} does not exist; it lists the nodes, one line 'host slots=8' each")
+    built_for = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if lettered := re.search(r"\d\.\d+[a-z]", built_for):
+        # Found when it compiles its Adam, after the model is loaded.
+        plain = re.sub(r"(\d\.\d+)[a-z]", r"\1", built_for)
+        raise UserError(
+            f"DeepSpeed cannot read the architecture {lettered[0]} in TORCH_CUDA_ARCH_LIST; "
+            f"set TORCH_CUDA_ARCH_LIST='{plain}'"
+        )
     if not shutil.which("deepspeed"):
         remedy = "pip install --no-build-isolation -r openrlhf/requirements.txt"
         raise UserError(f"deepspeed is not installed; {remedy}, on a machine with CUDA")

@@ -325,6 +325,12 @@ def test_a_missing_hostfile(start: Run, ready: Path) -> None:
     refused(start("distillation/llama", "humor", HOSTFILE=str(ready / "nodes")), "HOSTFILE", "does not exist")
 
 
+def test_an_architecture_that_deepspeed_cannot_read(start: Run, ready: Path) -> None:
+    given = start("distillation/llama", "humor", TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX 12.0f")
+    refused(given, "the architecture 9.0a in", "set TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX 12.0'")
+    assert start("distillation/llama", "humor", TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX").returncode == 0
+
+
 def test_missing_deepspeed(start: Run, ready: Path) -> None:
     # Only what the script itself calls is on this PATH.
     (ready / "bin" / "deepspeed").unlink()
