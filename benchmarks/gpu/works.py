@@ -331,11 +331,22 @@ def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
             rows = Rows(Path(folder) / "rows.jsonl", inputs, {})
             await rows.fill(answer, concurrency=engine.concurrency)
         tell()
-        # Between the first quarter and the moment when nothing waits any more, the batch is as full as it gets.
-        steady = marks[len(marks) // 4 : max(len(marks) // 4 + 2, len(marks) - engine.concurrency)]
-        context.tell(steady_rate=round(sum(n for _, n in steady[1:]) / (steady[-1][0] - steady[0][0]), 1))
+        if steady := steady_rate(marks, engine.concurrency):
+            context.tell(steady_rate=steady)
 
     ours(context, work, extra=extra)
+
+
+def steady_rate(marks: list[tuple[float, int]], at_once: int) -> float | None:
+    """New tokens per second while the batch is full; None where there are too few answers for such a time.
+
+    marks: when each answer ended, in order, and its tokens. at_once: answers in flight.
+    """
+    # The first to end are the short ones, and when nothing waits any more the batch empties.
+    full = marks[at_once:-at_once]
+    if len(full) < 2 * at_once:
+        return None
+    return round(sum(tokens for _, tokens in full[1:]) / (full[-1][0] - full[0][0]), 1)
 
 
 # Experiments: fewer and shorter answers, so that one takes about half a minute after the engine's start.
@@ -992,7 +1003,8 @@ def truth_parts(context: Context) -> tuple[Path, Path]:
     from repeng import ControlVector
 
     pocket = Path(resolve("pocket").source)
-    adapter = shape.save_adapter(context.folder / "pocket-adapter", pocket, rank=8, scale=0.3)
+    # A stronger one makes gibberish, whose text does not become the same tokens again when it is judged.
+    adapter = shape.save_adapter(context.folder / "pocket-adapter", pocket, rank=8, scale=0.1)
     config = json.loads((pocket / "config.json").read_text())
     draw = np.random.default_rng(SEED)
     directions = {

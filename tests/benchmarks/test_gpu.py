@@ -1,5 +1,6 @@
 """The GPU benchmark's own parts: the model it makes, what it is asked for, its ratios, and the page written from them."""
 
+import heapq
 import importlib.util
 import json
 import random
@@ -134,3 +135,19 @@ def test_a_side_sees_one_gpu_or_two_of_those_that_are_visible(
     assert ",".join(run.gpus_for("teacher.ours")) == one
     for side in works.ON_TWO_GPUS:
         assert run.chosen([side]) and ",".join(run.gpus_for(side)) == two
+
+
+@pytest.mark.parametrize(("requests", "at_once", "told"), [(2048, 1280, False), (400, 64, True)])
+def test_a_steady_rate_needs_a_time_in_which_the_batch_is_full(
+    requests: int, at_once: int, told: bool, script: Any
+) -> None:
+    """Answers that grow by a token a second each, so that a full batch makes `at_once` tokens a second."""
+    shape, works = script("shape"), script("works")
+    busy: list[tuple[int, int]] = []
+    marks: list[tuple[float, int]] = []
+    for length in shape.lengths(random.Random(1), requests, works.MEDIAN, works.SIGMA, works.MOST):
+        if len(busy) == at_once:
+            marks.append(heapq.heappop(busy))
+        heapq.heappush(busy, ((marks[-1][0] if marks else 0) + length, length))
+    marks += sorted(busy)
+    assert works.steady_rate(marks, at_once) == (pytest.approx(at_once, rel=0.05) if told else None)
