@@ -82,6 +82,8 @@ class Args:
     teacher: str | None = cli.flag(None, "the teacher (default: the student itself, with the constitution)")
     name: str | None = cli.flag(None, "the student's family name, where it cannot be read off the model's id")
     engine: cli.EngineName = cli.flag("auto", "auto: vllm where a GPU and vLLM are present, else transformers")
+    quantization: Literal["fp8"] | None = cli.flag(None, "weights in 8 bits where text is generated; vllm on a GPU")
+    kv_cache_dtype: Literal["fp8"] | None = cli.flag(None, "keys and values in 8 bits, likewise")
     base_url: str | None = cli.flag(None, "an OpenAI-compatible endpoint for the teacher")
     api_key_variable: str = cli.flag("OPENAI_API_KEY", "the environment variable (or .env entry) with its key")
     concurrency: int | None = cli.flag(None, "requests at once to an endpoint (default: 256)")
@@ -164,7 +166,11 @@ def plan(args: Args) -> list[Step]:
     pair = [*student, *_flags(teacher=guide)]
     dry = _flags(dry_run=args.dry_run)
     common = [*_flags(seed=args.seed, overwrite=args.overwrite), *dry]
-    local = _flags(engine=None if args.engine == "auto" else args.engine)
+    local = _flags(
+        engine=None if args.engine == "auto" else args.engine,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
     remote = (
         _flags(base_url=args.base_url, api_key_variable=args.api_key_variable, concurrency=args.concurrency)
         if args.base_url
@@ -231,11 +237,8 @@ def plan(args: Args) -> list[Step]:
     by_teacher = _flags(teacher=guide, per_class=per_class)
     reader = [*one, *by_teacher, *_flags(model=args.model, seed=args.seed), *dry]
     # A judge of another model is large, so nobody gets one unasked.
-    by_judge = _flags(judge=args.judge or STAND_IN)
-    if args.judge_url:
-        by_judge += _flags(
-            base_url=args.judge_url, api_key_variable=args.judge_key_variable, concurrency=args.concurrency
-        )
+    judge_at = _flags(base_url=args.judge_url, api_key_variable=args.judge_key_variable, concurrency=args.concurrency)
+    by_judge = [*_flags(judge=args.judge or STAND_IN), *(judge_at if args.judge_url else local if args.judge else [])]
     known = ("student", "personas")
     answered = ("base", "prompted", "steered", "trained")
     steps += [

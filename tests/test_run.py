@@ -30,6 +30,7 @@ from character.utils import UserError, read_json
             "--limit",
             "24",
         ],
+        ["--quantization", "fp8", "--kv-cache-dtype", "fp8", "--engine", "vllm", "--judge", "glm-4.5-air"],
     ],
 )
 def test_every_step_knows_its_flags(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +39,19 @@ def test_every_step_knows_its_flags(flags: list[str], monkeypatch: pytest.Monkey
         name = step.module if step.module == "merge_loras" else f"character.{step.module}"
         cli.parse(importlib.import_module(name).Args, step.flags)
         assert (ROOT / step.script).exists()
+
+
+@pytest.mark.parametrize("endpoint", [False, True])
+def test_how_an_engine_works_reaches_the_steps_that_open_one(endpoint: bool) -> None:
+    asked = ["--engine", "vllm", "--quantization", "fp8", "--kv-cache-dtype", "fp8"]
+    remote = ["--base-url", "http://x/v1", "--judge-url", "http://y/v1"] if endpoint else []
+    flags = ["--model", "llama-3.1-8b-it", "--teacher", "glm-4.5-air", "--judge", "glm-4.5-air", *asked, *remote]
+    steps = run.plan(cli.parse(run.Args, flags))
+    carrying = {step.name for step in steps if " ".join(asked) in " ".join(step.flags)}
+    by_student = {"student", "reflections", "conversations", "leading", "base", "prompted", "steered", "trained"}
+    by_others = {"teacher", "personas", "coherence", "judgements"}
+    assert carrying == by_student | {"prefill", "preferences"} | (set() if endpoint else by_others)
+    assert not [step.name for step in steps if "--quantization" in step.flags and step.name not in carrying]
 
 
 def test_steps_are_chosen_by_name() -> None:
