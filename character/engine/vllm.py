@@ -351,7 +351,8 @@ class VLLMEngine(Engine):
         elif "memory" in cause.lower():
             remedy = "use a smaller model, more GPUs, or free the memory that other programs hold"
             if self._sizes:
-                remedy += f"; here are {self._sizes}, and --quantization fp8 --kv-cache-dtype fp8 need half"
+                half = "" if self.precision else ", and --quantization fp8 --kv-cache-dtype fp8 need half"
+                remedy += f"; here are {self._sizes}{half}"
             if what == "stopped":
                 remedy += "; finished rows are kept"
         return f"vLLM {what} with {self.model.source}: {cause}; {remedy}{log}"

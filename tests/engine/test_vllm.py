@@ -117,9 +117,15 @@ def test_the_cause_is_the_first_exception_of_the_log() -> None:
     assert _cause(LOG.partition("(Worker_TP1 pid=12) ERROR")[0]) is None
 
 
-def explained(line: str, tmp_path: Path, what: str = "could not start", error: Exception | None = None) -> str:
+def explained(
+    line: str,
+    tmp_path: Path,
+    what: str = "could not start",
+    error: Exception | None = None,
+    precision: dict[str, str] | None = None,
+) -> str:
     """What an engine on a GPU says where vLLM's log has this line."""
-    engine = VLLMEngine(Model("some", "some/model", "Some"), 0)
+    engine = VLLMEngine(Model("some", "some/model", "Some"), 0, precision=precision)
     engine._log, engine._sizes = tmp_path / "log", "16.1 GB of weights on 1 × 24 GB"
     engine._log.write_text(f"(EngineCore pid=11) ERROR 11-22 09:58:46 [core.py:1330] {line}\n" if line else "")
     return engine._explained(what, error or RuntimeError("Engine core initialization failed."))
@@ -136,6 +142,8 @@ def test_too_little_memory_says_what_there_is_and_what_helps(line: str, tmp_path
     message = explained(line, tmp_path)
     assert "use a smaller model, more GPUs" in message
     assert "here are 16.1 GB of weights on 1 × 24 GB, and --quantization fp8 --kv-cache-dtype fp8 need half" in message
+    again = explained(line, tmp_path, precision={"quantization": "fp8"})
+    assert "here are 16.1 GB of weights on 1 × 24 GB" in again and "fp8" not in again
 
 
 def test_a_process_that_ends_without_a_word(tmp_path: Path) -> None:
