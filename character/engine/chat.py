@@ -51,7 +51,7 @@ class Chat:
         A system prompt goes to the front of the first user turn where the template refuses a system role.
         """
         if not self.has_system_role:
-            messages = _folded(messages)
+            messages = folded(messages)
         rendered: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
         reasoning = self.model.reasoning
         if prefill and reasoning and prefill.startswith(reasoning.open) and rendered.rstrip().endswith(reasoning.open):
@@ -139,7 +139,8 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     )
 
 
-def _folded(messages: Sequence[Message]) -> list[Message]:
+def folded(messages: Sequence[Message]) -> list[Message]:
+    """The conversation, its system prompt at the front of the first user turn."""
     if not messages or messages[0]["role"] != "system":
         return list(messages)
     system, first, *rest = messages

@@ -160,3 +160,9 @@ class FaultServer:
             writer.write("\r\n".join([*lines, "", ""]).encode() + body[: int(len(body) * answer.sent)])
             await writer.drain()
         return answer.sent == 1
+
+
+def in_turn(*answers: Answer | None) -> Script:
+    """A script that gives these answers, the last one again and again."""
+    left = list(answers)
+    return lambda request: left.pop(0) if len(left) > 1 else left[0]

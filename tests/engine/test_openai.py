@@ -1,9 +1,7 @@
 """The openai engine against a server that fails, refuses and forgets in every way that a test can script."""
 
 import asyncio
-import email.utils
 import gc
-import itertools
 import json
 import resource
 import socket
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import character.engine.openai as module
+import character.engine.connection as module
 from character.engine import Message, Reply, Sampling, open_engine
 from character.engine.openai import OpenAIEngine
 from character.models import Model, Reasoning
@@ -32,6 +30,7 @@ from tests.engine.fault_server import (
     Request,
     Script,
     completion,
+    in_turn,
     refusal,
 )
 
@@ -43,15 +42,7 @@ HOSTED = [{"id": "served", "object": "model", "owned_by": "somebody"}]
 VLLM = [{"id": "served", "owned_by": "vllm", "root": "/weights/served", "parent": None, "max_model_len": 1000}]
 SAMPLING = Sampling(temperature=0.5, top_p=0.9, repetition_penalty=1.0, max_tokens=100)
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
-FAST = {"FIRST_WAIT": 0.01, "LONGEST_WAIT": 0.02, "ATTEMPTS": 3, "READ_SECONDS": 20.0, "REPLY_SECONDS": 60.0}
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds that fit a test, and no proxy between it and its server."""
-    for name, value in FAST.items():
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def talk(turns: int, system: str | None = "Be kind.") -> list[Message]:
@@ -94,12 +85,6 @@ def ask(
 
     result: tuple[Reply, FaultServer, list[str]] = run(script, use, **options)
     return result
-
-
-def in_turn(*answers: Answer | None) -> Script:
-    """A script that gives these answers, the last one again and again."""
-    left = list(answers)
-    return lambda request: left.pop(0) if len(left) > 1 else left[0]
 
 
 # A whole reply.
@@ -158,59 +143,7 @@ def test_the_name_in_the_replies_is_noted_where_it_is_another() -> None:
     assert "replies came from served-2024-08-06" in ask(script)[2]
 
 
-# Faults that pass.
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [
-        [refusal("busy", 500)] * 2,
-        [refusal("busy", 503)],
-        [refusal("slow down", 429)],
-        [refusal("too slow", 408), refusal("conflict", 409)],
-        [CUT] * 2,
-        [Answer(completion("Hi.").body, sent=0.5)],
-        [Answer(json.dumps(completion("Hi.").body).encode()[:40])],
-        [Answer(b"<html>Bad gateway</html>", kind="text/html")],
-        [Answer({"error": {"message": "overloaded", "code": 502}})],
-        [Answer({"choices": []}), Answer([])],
-        [Answer({"choices": [{"finish_reason": "stop", "message": None}]})],
-        [Answer(b'{"choices": "\xff\xfe"}')],
-        [STALL],
-    ],
-    ids=["500", "503", "429", "408", "cut", "half", "half-json", "page", "error-200", "none", "null", "bytes", "stall"],
-)
-def test_a_fault_that_passes_is_tried_again(faults: list[Answer | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    if STALL in faults:
-        monkeypatch.setattr(module, "READ_SECONDS", 0.5)
-    reply, server, _ = ask(in_turn(*faults, completion("Hi.")))
-    assert reply.text == "Hi."
-    assert len(server.requests) == len(faults) + 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "cause"),
-    [
-        (refusal("overloaded", 500), "HTTP 500: overloaded"),
-        (CUT, "disconnected"),
-        (Answer(b'{"choi'), "no JSON"),
-        (Answer({"error": {"message": "overloaded"}}), "overloaded"),
-        (STALL, "timed out"),
-    ],
-    ids=["500", "cut", "half-json", "error-200", "stall"],
-)
-def test_a_fault_that_stays_costs_the_row(fault: Answer | None, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fault is STALL:
-        monkeypatch.setattr(module, "READ_SECONDS", 0.2)
-    seen: list[FaultServer] = []
-
-    async def use(engine: OpenAIEngine, server: FaultServer) -> None:
-        seen.append(server)
-        await engine.reply(HELLO, SAMPLING)
-
-    with pytest.raises(RowError, match=f"{cause}.*3 tries"):
-        run(in_turn(fault), use)
-    assert len(seen[0].requests) == 3
+# What costs a row.
 
 
 def test_other_refusals_are_not_tried_again() -> None:
@@ -218,60 +151,6 @@ def test_other_refusals_are_not_tried_again() -> None:
     with pytest.raises(RowError, match="HTTP 400: the message is unkind"):
         ask(lambda request: seen.append(request) or refusal("the message is unkind"))  # type: ignore[func-returns-value]
     assert len(seen) == 1
-
-
-@pytest.mark.parametrize(
-    ("header", "least", "most"),
-    [
-        (lambda: {}, 0.0, 0.6),
-        (lambda: {"Retry-After": "0.6"}, 0.6, 1.6),
-        # A date has whole seconds, so that up to one is lost.
-        (lambda: {"Retry-After": email.utils.formatdate(time.time() + 1.7, usegmt=True)}, 0.65, 2.7),
-        (lambda: {"Retry-After": email.utils.formatdate(time.time() + 1.7)}, 0.65, 2.7),
-    ],
-    ids=["none", "seconds", "date", "date without a zone"],
-)
-def test_retry_after_is_honoured(header: Callable[[], dict[str, str]], least: float, most: float) -> None:
-    def script(request: Request) -> Answer | None:
-        seen.append(request)
-        return Answer(status=429, headers=header()) if len(seen) == 1 else completion("Hi.")
-
-    seen: list[Request] = []
-    ask(script)
-    assert least <= seen[1].at - seen[0].at < most
-
-
-def test_retry_after_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONGEST_RETRY_AFTER", 0.3)
-    slow = refusal("slow down", 429)
-    slow.headers["Retry-After"] = "3600"
-    _, server, _ = ask(in_turn(slow, completion("Hi.")))
-    assert 0.3 <= server.requests[1].at - server.requests[0].at < 3
-
-
-def test_a_retry_after_that_cannot_be_read_is_ignored() -> None:
-    slow = refusal("slow down", 429)
-    slow.headers["Retry-After"] = "soon"
-    assert ask(in_turn(slow, completion("Hi.")))[0].text == "Hi."
-
-
-def test_back_off_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"FIRST_WAIT": 0.1, "LONGEST_WAIT": 5.0, "ATTEMPTS": 4}.items():
-        monkeypatch.setattr(module, name, value)
-    _, server, _ = ask(in_turn(*[refusal("busy", 500)] * 3, completion("Hi.")))
-    times = [request.at for request in server.requests]
-    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
-    for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True):
-        assert least <= wait < least + 0.1 + 0.5
-
-
-def test_a_reply_takes_no_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"REPLY_SECONDS": 0.7, "ATTEMPTS": 1000}.items():
-        monkeypatch.setattr(module, name, value)
-    started = time.monotonic()
-    with pytest.raises(RowError):
-        ask(in_turn(STALL))
-    assert time.monotonic() - started < 5
 
 
 def test_rows_that_fail_are_named_and_tried_again_while_the_others_are_kept(
@@ -380,11 +259,6 @@ def test_a_password_in_the_url_is_in_no_message_or_note() -> None:
     assert "hidden99" not in said
 
 
-def test_a_key_with_stray_characters_is_named() -> None:
-    with pytest.raises(UserError, match=f"{VARIABLE} holds characters"):
-        engine_at("http://127.0.0.1:1/v1", key="“sk-123”")
-
-
 def test_an_unknown_model_lists_those_served() -> None:
     models = [{"id": "one"}, {"id": "two"}]
     with pytest.raises(UserError, match="does not serve served; it serves: one, two"):
@@ -489,12 +363,6 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_finished_row(
     run(lambda request: completion("Hi."), partial(fill, last=-1))
     assert sorted(asked) == sorted(f"n{i}" for i in range(40)), "each row is asked for once"
     assert len(path.read_text().splitlines()) == 40
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://here/v1", "http://", "here"])
-def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(UserError, match="no URL"):
-        engine_at(url)
 
 
 def test_an_account_without_credit_is_not_asked_again() -> None:

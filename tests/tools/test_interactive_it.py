@@ -600,7 +600,7 @@ def test_an_endpoint_streams_as_far_as_it_can(refused: tuple[str, ...]) -> None:
 
 
 def test_a_stream_that_breaks_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("character.engine.openai.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("character.engine.connection.FIRST_WAIT", 0.0)
     with Endpoint(parrot, breaks_after=2) as endpoint:
         engine = OpenAIEngine(Model("demo", SERVED, "Demo"), endpoint.url, None, "OPENAI_API_KEY", 1)
         pieces, reply = streamed(engine, Sampling())
