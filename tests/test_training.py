@@ -17,6 +17,7 @@ import pytest
 
 from character import training
 from character.distillation import train
+from character.engine import transformers as transformers_engine
 from character.engine.transformers import load_network
 from character.introspection import train as sft
 from character.models import Model, resolve
@@ -309,9 +310,15 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_training_learns_the_same_without_what_a_gpu_need_not_do(kind: str, make: Callable[..., Any]) -> None:
-    """Against TRL's own way: rows padded, PEFT's layers, two rows at once and no part of a step at a time."""
+@pytest.mark.parametrize(("kind", "plainly"), [("dpo", True), ("sft", True), ("dpo", False)])
+def test_training_learns_the_same_without_what_a_gpu_need_not_do(
+    kind: str, plainly: bool, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against TRL's own way: rows padded, PEFT's layers, two rows at once and no part of a step at a time.
+
+    plainly: as the network attends; one with windows keeps its padding.
+    """
+    monkeypatch.setattr(transformers_engine, "attends_plainly", lambda _: plainly)
     plain = losses(make(kind, 2))
     assert plain[-1] < plain[0] - 0.05, "something is learned"
     trainer = make(kind, 6)
@@ -319,7 +326,7 @@ def test_training_learns_the_same_without_what_a_gpu_need_not_do(kind: str, make
     training.speed_up(trainer, lengths_of(trainer), 6, tokens=40 * sides, sides=sides)
     seen: list[int] = []
     layer = trainer.model.get_base_model().model.layers[0].mlp
-    layer.register_forward_pre_hook(lambda _m, given: seen.append(given[0].shape[1]))
+    layer.register_forward_pre_hook(lambda _m, given: seen.append(math.prod(given[0].shape[:2])))
     assert losses(trainer) == pytest.approx(plain, rel=1e-4)
     assert max(seen) <= 40 * sides and len(seen) > 3 * sides, "in several parts, none too large"
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -397,6 +404,33 @@ def test_the_adapter_within_the_matrix_products(
         assert found[name].dtype == torch.float32
         apart = float((found[name] - gradient).norm() / gradient.norm())
         assert apart < (1e-4 if precise else 0.05), name
+
+
+def test_a_layer_with_a_bias() -> None:
+    """As Qwen's have; the base stays as it is."""
+    import torch
+
+    torch.manual_seed(3)
+    network = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 6)), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
+    )
+    layer = network.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    assert layer.base_layer.bias.abs().min() > 0
+    x = torch.randn(2, 5, 8, requires_grad=True)
+
+    def run() -> list[Any]:
+        network.zero_grad()
+        x.grad = None
+        out = network(x)
+        (out**2).sum().backward()
+        return [out, x.grad, *(weight.grad for weight in network.parameters() if weight.requires_grad)]
+
+    plain = run()
+    training.fuse_lora(network)
+    for found, expected in zip(run(), plain, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert layer.base_layer.bias.grad is None
 
 
 def test_a_layer_that_is_switched_off_is_the_base(make: Callable[..., Any]) -> None:
