@@ -667,8 +667,11 @@ def device_of(trainer: Any) -> dict[str, Any]:
 
 def _resumable(checkpoints: Path, settings: Mapping[str, Any], overwrite: bool) -> Path | None:
     """The last whole checkpoint of a run with these settings; those of another run are cleared by --overwrite only."""
-    if overwrite and is_main():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    if overwrite:
+        if is_main():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        # Another process might still see what is being removed.
+        return None
     # A checkpoint's trainer_state.json is written last.
     whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
     if not whole or not (checkpoints / META).exists():

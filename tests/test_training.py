@@ -256,6 +256,20 @@ def test_the_fullest_gpu_says_how_much_is_there_at_once() -> None:
     assert parts_of(1000, False, [900, 2000]).tokens == 900
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_no_process_goes_on_from_what_is_overwritten(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (tmp_path / training.META).write_text("{}")
+    assert training._resumable(tmp_path, {}, overwrite=False) == checkpoint
+    assert training._resumable(tmp_path, {}, overwrite=True) is None
+    assert tmp_path.exists() == (rank == "1"), "one process removes it"
+
+
 # What is left out on a GPU changes no result: seen here on the CPU.
 
 WORDS = ["good", "a walk beside a friend who has lost the way", "the lamp in the window told the sailor"]
