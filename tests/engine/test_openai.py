@@ -327,7 +327,7 @@ def test_a_server_that_goes_away_ends_the_run_at_once(monkeypatch: pytest.Monkey
         with pytest.raises(UserError, match=r"no longer answers.*finished rows are kept"):
             await engine.reply(HELLO, SAMPLING)
         for wait in ("FIRST_WAIT", "LONGEST_WAIT"):
-            monkeypatch.setattr(module, wait, 60)
+            monkeypatch.setattr(module, wait, 20)
         async with asyncio.timeout(5):
             with pytest.raises(UserError, match="no longer answers"):
                 await engine.reply(HELLO, SAMPLING)
