@@ -100,7 +100,7 @@ class Connection:
             ),
         )
         self._slots = asyncio.Semaphore(concurrency)
-        self._gone: UserError | None = None
+        self._is_gone = False
 
     async def close(self) -> None:
         """Close the connections."""
@@ -113,9 +113,9 @@ class Connection:
         Raises RowError where that reply cannot be had in its time, UserError where none can.
         """
         async with self._slots:
-            if self._gone:
-                # Many files wait behind the one that found it out, each of which would try for half a minute.
-                raise self._gone
+            if self._is_gone:
+                # Many files may wait behind the one that found it out, each of which would try for half a minute.
+                await self._check_alive()
             try:
                 async with asyncio.timeout(REPLY_SECONDS):
                     yield
@@ -205,15 +205,16 @@ class Connection:
         try:
             await self.request_once("/models", None)
         except APITimeoutError:
-            return
+            pass
         except APIConnectionError as error:
-            self._gone = UserError(
+            self._is_gone = True
+            raise UserError(
                 f"{self.url} no longer answers ({self.words(error)}); finished rows are kept, start the server and "
                 "run again"
-            )
-            raise self._gone from None
+            ) from None
         except (APIError, Malformed):
-            return
+            pass
+        self._is_gone = False
 
     def fatal(self, error: Exception) -> UserError | None:
         """The error that ends the whole run, where `error` says that no reply can be had."""

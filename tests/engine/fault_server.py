@@ -71,8 +71,13 @@ class FaultServer:
     """
 
     def __init__(
-        self, answer: Script, models: list[dict[str, Any]] | Answer | Script | None = None, delay: float = 0.0
+        self,
+        answer: Script,
+        models: list[dict[str, Any]] | Answer | Script | None = None,
+        delay: float = 0.0,
+        port: int = 0,
     ):
+        self._port = port
         self.answer = answer
         self.models = models
         self.delay = delay
@@ -93,7 +98,7 @@ class FaultServer:
         return [request.body for request in self.requests]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=2048)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, backlog=2048)
         return self
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -322,7 +323,8 @@ def test_a_server_that_goes_away_ends_the_run_at_once(monkeypatch: pytest.Monkey
 
     async def inside() -> None:
         async with FaultServer(lambda request: completion("Hi."), HOSTED) as server:
-            engine = engine_at(server.url)
+            url = server.url
+            engine = engine_at(url)
             await engine.start()
         with pytest.raises(UserError, match=r"no longer answers.*finished rows are kept"):
             await engine.reply(HELLO, SAMPLING)
@@ -331,6 +333,8 @@ def test_a_server_that_goes_away_ends_the_run_at_once(monkeypatch: pytest.Monkey
         async with asyncio.timeout(5):
             with pytest.raises(UserError, match="no longer answers"):
                 await engine.reply(HELLO, SAMPLING)
+        async with FaultServer(lambda request: completion("Hi."), HOSTED, port=urlsplit(url).port or 0):
+            assert (await engine.reply(HELLO, SAMPLING)).text == "Hi.", "it is back"
         await engine.close()
 
     asyncio.run(inside())
