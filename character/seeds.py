@@ -92,7 +92,9 @@ def table(results: Mapping[str, Any]) -> Any:
     import pandas as pd
 
     found = results["results"]
-    marks = {name: f" ({STAND_IN})" if name in results["stand_ins"] else "" for name in ("coherence", "preferences")}
+    marks = {
+        name: f" ({STAND_IN})" if name in results.get("stand_ins", ()) else "" for name in ("coherence", "preferences")
+    }
     lines = {}
     for file, part in found.items():
         evaluation, _, name = file.partition("/")
