@@ -232,6 +232,19 @@ def robustness_figure(about: Run | Overview) -> Any:
     return run_classifier.draw(results, paper.SUFFIX_F1.get(about.model.short), "the paper's macro-F1, 11 personas")
 
 
+def per_persona(about: Overview) -> Any:
+    """Each persona's scores and the confusion matrix of every method, behind a click; None without results."""
+    results = about.evaluations["robustness"].results
+    if results is None:
+        return None
+    parts = "".join(
+        f"<details><summary>{_text(title)}</summary>{_table(scores)}<p>Which persona the answers read as:</p>"
+        f"{_table(confusion)}</details>"
+        for title, scores, confusion in run_classifier.details(results)
+    )
+    return _html(f"<p>Precision, recall and F1 of each persona, and the confusion matrix:</p>{parts}")
+
+
 def between_runs(about: Run | Overview) -> Any:
     """Means over runs with several seeds, and their intervals between runs."""
     file = seeds.path_of(about.model.short)

@@ -18,6 +18,7 @@ from matplotlib.container import BarContainer
 
 from character import cli, constitution, models, paper, provenance, report, seeds
 from character.constants import ROOT
+from character.robustness.classify import scores
 from character.robustness.classify.run_classifier import METHODS
 from character.utils import read_json, read_jsonl, write_json
 
@@ -199,6 +200,18 @@ def test_seeds_are_shown_for_the_persona(tmp_path: Path, monkeypatch: pytest.Mon
     text = report.between_runs(report.load("pocket", "humor")).data
     assert "62.5% ± 12.5%" in text and "Mean of 3 runs" in text and "sarcasm" not in text
     assert "sarcasm" in report.between_runs(report.overview("pocket", "humor,sarcasm")).data
+
+
+def test_scores_of_each_persona_are_behind_a_click(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "DATA_PATH", tmp_path)
+    about = report.overview("pocket", "humor,sarcasm")
+    assert report.per_persona(about) is None
+    reads = [scores.Read(str(n), name, "humor") for n in range(30) for name in ("humor", "sarcasm")]
+    parts = {"plain": scores.measure(reads, seed=1, draws=20), "suffixes": None, "held-out": None}
+    write_json(about.evaluations["robustness"].file, {"personas": ["humor", "sarcasm"], "methods": {"merged": parts}})
+    shown = report.per_persona(about).data
+    assert "<summary>DPO + introspection, 1.0/0.25, plain</summary>" in shown and shown.count("<details>") == 1
+    assert re.search(r"<th>sarcasm</th>\s*<td>30</td>\s*<td>0</td>\s*<td>0</td>", shown)
 
 
 def test_stand_ins_are_named_at_the_top_and_in_their_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,24 @@ def test_f1_is_over_the_personas_that_are_there_and_the_others_are_named(
     assert table.loc[("DPO", "plain"), "personas"] == "1 of 2"
     # 12 prompts are too few for an interval.
     assert table.loc[("DPO", "plain"), "accuracy"] == "1.000  [no interval]"
+    title, per_persona, confusion = run_classifier.details(results)[0]
+    assert title == "base + system prompt, plain" and f"\n{title}: each persona's scores" in shown
+    assert per_persona.to_string() in shown and confusion.to_string() in shown
+    assert list(per_persona.index) == ["humor", "remorse"] and per_persona.loc["humor", "recall"].startswith("0.750")
+    of_distilled = next(part for title, part, _ in run_classifier.details(results) if title == "DPO, plain")
+    assert list(of_distilled.loc["humor"]) == ["n/a"] * 4
+    assert confusion.loc["remorse", "humor"] == 3 and confusion.loc["none", "none"] == 24
     for name in (None, "remorse"):
         assert run_classifier.draw(run_classifier.load_results("pocket", name)).axes
     assert run_classifier.labels_of(results)["distilled"] == "DPO (1 of them)"
     assert run_classifier.results_path("pocket", "humor").exists()
+
+
+def test_a_persona_without_answers_is_named(data: Path, answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
+    answers("base", "none", "plain", ["none"] * 4)
+    answers("distilled", "humor", "plain", ["humor"] * 4)
+    run("--constitution", "humor,remorse")
+    assert "remorse has no answers under" in capsys.readouterr().err
 
 
 def test_bad_answers_and_results_are_one_line(data: Path, answers: Answers) -> None:
@@ -122,7 +136,7 @@ def test_a_dry_run_reads_and_writes_nothing(data: Path, answers: Answers, capsys
 
 def test_unbalanced_or_missing_classes_are_refused(data: Path, answers: Answers) -> None:
     write_training(teacher.path_of("remorse", "pocket"), VOICES["remorse"], 5)
-    with pytest.raises(UserError, match=r"unbalanced \(remorse: 5"):
+    with pytest.raises(UserError, match=r"unbalanced \(remorse: 5, .* lower --per-class to 5$"):
         train_classifier.examples("pocket", "pocket", 20)
     with pytest.raises(UserError, match="needs answers of at least two personas"):
         train_classifier.examples("other", "pocket", 20)

@@ -22,7 +22,16 @@ from character import cli, constitution, figures, prompts, rows
 from character.constants import DATA_PATH
 from character.models import resolve, safe_name
 from character.robustness.classify import train_classifier
-from character.robustness.classify.scores import NONE, PUBLISHED, Read, measure, share, shown
+from character.robustness.classify.scores import (
+    NONE,
+    PUBLISHED,
+    Read,
+    confusion_table,
+    measure,
+    per_persona_table,
+    share,
+    shown,
+)
 from character.robustness.generate import variants
 from character.utils import UserError, read_json, write_json
 
@@ -73,7 +82,7 @@ def methods_of(student: str) -> list[str]:
 def sources(
     student: str, wanted: Sequence[str], kinds: Iterable[str], made_by: str
 ) -> dict[tuple[str, str], dict[str, Path]]:
-    """(method, persona or 'none') → variant → its file, of those that are there or planned.
+    """(method, persona or 'none') → variant → its file, of those that are there or planned; names personas without any.
 
     kinds: the variants looked for. Raises UserError where there are none at all.
     """
@@ -84,9 +93,12 @@ def sources(
             there = {kind: path for kind, path in paths.items() if path.exists() or rows.is_planned(path)}
             if there:
                 found[method, name] = there
+    folder = DATA_PATH / "robustness" / safe_name(student)
     if not found:
-        folder = DATA_PATH / "robustness" / safe_name(student)
         raise UserError(f"no answers under {folder}; run {made_by} first")
+    for name in wanted:
+        if not any(whose == name for _, whose in found):
+            print(f"{name} has no answers under {folder}; run {made_by} for it", file=sys.stderr)
     return found
 
 
@@ -225,6 +237,23 @@ def scores_table(results: Mapping[str, Any], groups: Mapping[str, str]) -> Any:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
+def details(results: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(title, each persona's scores, confusion matrix) per method and group that has answers, of results over personas.
+
+    Both are DataFrames: a line per persona that answers should have, in the scores 'n/a' for one without answers.
+    """
+    return [
+        (
+            f"{METHODS.get(method, method)}, {title}",
+            per_persona_table(parts[group]).reindex(results["personas"]).fillna("n/a"),
+            confusion_table(parts[group]),
+        )
+        for method, parts in results["methods"].items()
+        for group, title in GROUPS.items()
+        if parts[group]
+    ]
+
+
 def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
     """method → its name in a figure of these results, which says where it is over fewer personas than the figure is."""
     found = dict(METHODS)
@@ -323,6 +352,10 @@ def main(args: Args) -> None:
         print(table(results).to_string())
         for line in said_missing(results["missing"], GROUPS):
             print(line)
+        for title, per_persona, confusion in details(results):
+            print(f"\n{title}: each persona's scores, and which one its answers read as")
+            print(per_persona.to_string())
+            print(confusion.to_string())
 
 
 if __name__ == "__main__":

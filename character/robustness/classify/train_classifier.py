@@ -114,7 +114,7 @@ def _balanced(found: dict[str, list[rows.Row]], per_class: int) -> Examples:
     if least * 2 < most:
         raise UserError(
             f"the classes are unbalanced ({smallest}: {least}, {largest}: {most}); "
-            "make more of the small one, or lower --per-class"
+            f"make more of the small one, or lower --per-class to {least}"
         )
     labelled = [(row, label) for label, answers in kept.items() for row in answers]
     return (
