@@ -441,6 +441,8 @@ def main(args: Args) -> None:
             show_persona(args, student, name)
     if args.seeds > 1:
         run_further_seeds(args)
+        # The first run's page shows the figures over all runs too.
+        run_steps([step for step in steps if step.name == "report"], 1)
     print(f"{time.time() - begun:.0f} s in all")
 
 

@@ -137,6 +137,15 @@ def test_small_job_ends_with_the_table_and_is_skipped_when_complete(small_run: A
     assert "seed was 123456, now 1" in other.stderr.splitlines()[-1]
 
 
+def test_first_page_has_the_figures_over_all_seeds(small_run: Any, start: Any, tmp_path: Path) -> None:
+    for folder in ("data", "data/seeds/123457"):
+        shutil.copytree(small_run.folder / "data", tmp_path / folder)
+    done = start("character.run", tmp_path, *small_run.flags, "--only", "report", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "figures" / "pocket" / "humor" / "report.html").read_text(encoding="utf-8")
+    assert "Mean of 2 runs" in page and "--seeds 3" not in page
+
+
 def test_failed_step_ends_the_job_with_its_message(tmp_path: Path, start: Any) -> None:
     unknown = start("character.run", tmp_path, "--constitution", "humour")
     assert unknown.returncode == 2 and "did you mean 'humor'" in unknown.stderr
