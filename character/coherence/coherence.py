@@ -38,7 +38,7 @@ from character.intervals import LEVEL
 from character.models import TABLE, Model, resolve, safe_name
 from character.perplexity import perplexities
 from character.robustness.classify import train_classifier
-from character.robustness.classify.run_classifier import answers_in, classes_of
+from character.robustness.classify.run_classifier import METHODS, answers_in, classes_of
 from character.robustness.generate import variants
 from character.rows import Drop, Row, Rows
 from character.utils import UserError, digest, write_json
@@ -115,6 +115,8 @@ def command_of(args: Args, method: str, name: str) -> str:
     """The command that makes a method's answers."""
     script = method if method in ("prompted", "steered") else "trained"
     flags = f"--constitution {name} --model {args.model}" + (f" --method {method}" if script == "trained" else "")
+    if method not in METHODS:
+        flags += " --adapter ADAPTER"
     return f"python -m character.robustness.generate.{script} {flags}"
 
 

@@ -89,14 +89,14 @@ def table(results: Results) -> Any:
     """A DataFrame of text: a line per method and condition; over personas, a line per persona, method and condition."""
     import pandas as pd
 
-    mark = _mark(results)
+    mark, judged = _mark(results), results["settings"]["judge"] != STAND_IN
     if "constitution" in results:
         own = ", ".join(results["own"])
-        lines = {place: _line(cell, own, mark) for place, cell in _cells(results)}
+        lines = {place: _line(cell, own, mark, judged) for place, cell in _cells(results)}
         return pd.DataFrame.from_dict(lines, orient="index").fillna("n/a")
     of_personas: dict[tuple[str, ...], dict[str, str]] = {}
     for name, part in results["personas"].items():
-        of_personas |= {(name, *place): _line(cell, "", mark) for place, cell in _cells(part)}
+        of_personas |= {(name, *place): _line(cell, "", mark, judged) for place, cell in _cells(part)}
     of_personas |= {(name, "n/a", "n/a"): {} for name in results["missing"]}
     return pd.DataFrame.from_dict(of_personas, orient="index").fillna("n/a")
 
@@ -109,15 +109,15 @@ def _cells(results: Results) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
     ]
 
 
-def _line(cell: Mapping[str, Any], own: str, mark: str) -> dict[str, str]:
-    """The cells of one method and condition."""
+def _line(cell: Mapping[str, Any], own: str, mark: str, judged: bool) -> dict[str, str]:
+    """The cells of one method and condition. judged: by a judge, who may give no verdict."""
     name = f"rating of {own or 'its own traits'}"
     line = {
         f"{name}{mark}": shown(cell.get("own_rating")),
         f"moved by{mark}": shown(cell.get("own_delta"), signed=True),
         "rank correlation with base": shown(cell.get("spearman_with", {}).get(BASE), 2),
         "took the first-listed trait": shown_share(cell["first_listed"]),
-        "showed neither trait": shown_share(cell["neither"]),
+        "without a verdict" if judged else "showed neither trait": shown_share(cell["neither"]),
     }
     if cell["judge_first"]:
         line["judge named the trait it read first"] = shown_share(cell["judge_first"])
@@ -243,5 +243,7 @@ def show(results: Results) -> None:
     about = results.get("constitution", "all personas")
     print(f"\nPreferred traits, {about}, {caption(results)}")
     print(table(results).to_string())
-    lines = notes(results) if "constitution" in results else [agreement(results).to_string()]
-    print("\n".join(lines))
+    if "constitution" in results:
+        print("\n".join(notes(results)))
+    elif not (agreed := agreement(results)).empty:
+        print(agreed.to_string())

@@ -303,6 +303,9 @@ def test_what_is_missing_is_named_with_its_command_and_the_others_go_on(
     for command in ("steered --constitution humor", "trained --constitution remorse --model pocket --method merged"):
         assert f"does not exist; run: python -m character.robustness.generate.{command}" in said.err
     results = results_of()
+    assert coherence.command_of(flags(), "mine", "humor").endswith(
+        "trained --constitution humor --model pocket --method mine --adapter ADAPTER"
+    )
     assert results["personas"]["remorse"] == {"prompted": None, "steered": None, "sequential": None}
     assert results["mean"]["prompted"]["n"] == 1 and results["mean"]["steered"] is None
     assert list(win_rates.table(results).loc["remorse"]) == ["n/a"] * 3

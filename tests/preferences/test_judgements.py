@@ -172,7 +172,9 @@ def test_a_judge_reads_the_answer_and_its_two_traits(home: Path, monkeypatch: py
         slots = {"message": row["prompt"], "answer": row["response"], "first": first, "second": second}
         assert (judgements.QUESTION.format(**slots), (first, second)) in asked
     assert sum(row["first"] == row["judge_first"] for row in found) == 66
-    cell = preferences_results.load_results("pocket", "humor")["methods"]["merged"]["random"]
+    results = preferences_results.load_results("pocket", "humor")
+    assert "without a verdict" in preferences_results.table(results)
+    cell = results["methods"]["merged"]["random"]
     assert cell["neither"]["share"] == pytest.approx(2 / 3) and cell["judge_first"]["share"] == 1
     # The verdicts that are there are used again; other answers are not mixed with them.
     judgements.main(judgements.Args(judge="some/judge", constitution="humor"))
@@ -223,6 +225,14 @@ def test_missing_personas_are_named_and_the_others_go_on(home: Path, capsys: pyt
         rows.write(preferences.path_of("pocket", "merged", "like", "humor"),
                    [{"prompt": "p", "first": "warm", "second": "cold", "judge_first": "warm", "response": "r"}], {}, {})  # fmt: skip
         judgements.main(judgements.Args(per_class=40))
+
+
+def test_one_persona_beside_a_missing_one_has_no_empty_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taught(home)
+    answered("merged", "humor", "like", of_humor)
+    judgements.main(judgements.Args(constitution="humor,sarcasm", per_class=40))
+    shown = capsys.readouterr().out
+    assert "all personas" in shown and "showed neither trait" in shown and "Empty DataFrame" not in shown
 
 
 def test_classifier_without_a_persona(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
