@@ -129,9 +129,7 @@ class Reference:
         import torch
 
         prompt = self.ids(messages, prefill)
-        for layer, shift in itertools.zip_longest(self.network.get_base_model().model.layers, shifts):
-            bias = None if shift is None else torch.nn.Parameter(torch.tensor(shift))
-            layer.mlp.down_proj.base_layer.bias = bias
+        self._steer(shifts)
         if adapter is not None:
             self.network.set_adapter(self.adapters[adapter])
         new: list[int] = []
@@ -147,6 +145,22 @@ class Reference:
         stopped = new[-1] == end
         text = self.tokenizer.decode(new[:-1] if stopped else new)
         return Expected(text, "stop" if stopped else "length", len(prompt), len(new))
+
+    def _steer(self, shifts: Sequence[Any]) -> None:
+        """Have each layer add its shift to what comes out of it."""
+        import torch
+
+        for layer, shift in itertools.zip_longest(self.network.get_base_model().model.layers, shifts):
+            bias = None if shift is None else torch.nn.Parameter(torch.tensor(shift))
+            layer.mlp.down_proj.base_layer.bias = bias
+
+    def log_probabilities(self, messages: list[Message], shifts: Sequence[Any]) -> Any:
+        """Of every token, as the first of the reply."""
+        import torch
+
+        self._steer(shifts)
+        with torch.no_grad(), self.network.disable_adapter():
+            return self.network(torch.tensor([self.ids(messages)])).logits[0, -1].log_softmax(-1)
 
     def likelier(self, messages: list[Message], letters: Sequence[str]) -> str:
         """The letter, of those given, that the network would sooner begin its reply with."""
@@ -418,6 +432,38 @@ def test_steering_is_chosen_per_request(
     assert ask(*((user(question, LONG), GREEDY) for question in QUESTIONS[:4])) == plain
     zero = [(user(question, LONG), GREEDY, None, "", Steering(vectors[0][0], 0)) for question in QUESTIONS[:4]]
     assert ask(*zero) == plain
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("opened", ["vllm"], indirect=True)
+def test_steered_logits_are_those_of_the_plain_network(
+    opened: Opened,
+    ask: Ask,
+    reference: Reference,
+    vectors: list[tuple[Path, list[Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm: Any = opened(PLAIN)
+    generate = llm._llm.generate
+    told: dict[str, dict[int, Any]] = {}
+
+    async def with_logits(inputs: Any, parameters: Any, name: str, **named: Any) -> Any:
+        parameters.logprobs = 20
+        async for output in generate(inputs, parameters, name, **named):
+            told[str(inputs["prompt_token_ids"])] = output.outputs[0].logprobs[0]
+            yield output
+
+    monkeypatch.setattr(llm._llm, "generate", with_logits)
+    first = replace(GREEDY, max_tokens=1)
+    path, shifts = vectors[0]
+    for strength in (0, 0.5, -0.5):
+        ask(*((user(question), first, None, "", Steering(path, strength)) for question in QUESTIONS))
+        for question in QUESTIONS:
+            expected = reference.log_probabilities(user(question), [strength * shift for shift in shifts])
+            found = told[str(reference.ids(user(question)))]
+            assert len(found) >= 20
+            for token, each in found.items():
+                assert each.logprob == pytest.approx(float(expected[token]), abs=1e-3)
 
 
 def test_a_control_vector_that_is_not_this_models(opened: Opened, ask: Ask, tmp_path: Path) -> None:
