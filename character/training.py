@@ -168,7 +168,7 @@ def micro_batch_of(args: TrainArgs, model: Model, network: Any, row_tokens: int,
     if args.batch_size % (at_once.rows * processes):
         raise UserError(
             f"--batch-size {args.batch_size} is no multiple of {at_once.rows * processes} "
-            f"(--micro-batch-size {at_once.rows} on {processes} processes); change one of them"
+            f"({at_once.rows} rows at once on {processes} processes); change it, --micro-batch-size or the number of processes"
         )
     return at_once
 

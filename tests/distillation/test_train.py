@@ -539,7 +539,7 @@ def test_bad_input(home: Path, student: Model, arguments: Callable[..., train.Ar
     with pytest.raises(UserError, match=r"does not exist; run: python -m character.distillation.data .*sea"):
         train.main(arguments())
     path = write_pairs(student, 2)
-    with pytest.raises(UserError, match=r"--batch-size 5 is no multiple of 2 \(--micro-batch-size 2 on 1 processes\)"):
+    with pytest.raises(UserError, match=r"--batch-size 5 is no multiple of 2 \(2 rows at once on 1 processes\)"):
         train.main(arguments(batch_size=5))
     path.write_text('{"chosen": []}\n')
     with pytest.raises(UserError, match="line 1: no field 'rejected'"):
