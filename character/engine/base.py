@@ -25,8 +25,8 @@ CANNOT_STEER = "an endpoint cannot steer; use --engine vllm or transformers, wit
 class Sampling:
     """How a reply is sampled. temperature 0 is greedy; repetition_penalty 1 is none; max_tokens counts new tokens.
 
-    seed: of this one reply, the same whatever shares its batch. Only the transformers engine heeds it: elsewhere a
-    seed per request would slow the sampler. choices: the only texts that the reply may be; empty for a free reply. They
+    seed: of this one reply, the same whatever shares its batch. A single copy of a model inside vLLM leaves it out, since
+    seeds slow its sampler, and of endpoints only vLLM's get it. choices: the only texts that the reply may be; empty for a free reply. They
     bind no model that reasons, which has to think first, and few endpoints: who asks reads the reply as if it were free.
     """
 

@@ -37,6 +37,7 @@ OPTIONAL = (
     "min_p",
     "top_k",
     "repetition_penalty",
+    "seed",
     "add_special_tokens",
     "skip_special_tokens",
     "top_p",
@@ -78,7 +79,7 @@ class OpenAIEngine(Engine):
     """Asks `base_url`; at most `concurrency` requests are under way at once, the others wait their turn.
 
     api_key: None where the endpoint needs none; api_key_variable: what a message names in its place.
-    seed: not sent, since seeds per request slow vLLM's sampler and few endpoints honour them.
+    seed: sent to vLLM's endpoints alone, with each reply's own: copies of a model there draw the same random numbers.
     concurrency: None for 256. Raises UserError for a URL or key that cannot be one, and more requests than may be.
     """
 
@@ -92,6 +93,7 @@ class OpenAIEngine(Engine):
         concurrency: int | None = None,
     ):
         super().__init__(model)
+        self.seed = seed
         if concurrency is not None:
             allow_connections(concurrency)
             self.concurrency = concurrency
@@ -296,7 +298,10 @@ class OpenAIEngine(Engine):
             limits.append(max(1, self._context * 3 // 4))
         fields = {"temperature": sampling.temperature, "top_p": sampling.top_p, **self._settings, **further}
         if self._is_vllm:
-            fields["repetition_penalty"] = sampling.repetition_penalty
+            fields |= {
+                "repetition_penalty": sampling.repetition_penalty,
+                "seed": (self.seed ^ sampling.seed) % 2**31,
+            }
         elif sampling.repetition_penalty != 1:
             self._note("repetition_penalty left out: only vLLM endpoints are known to apply it")
         if choices := self.choices(sampling):

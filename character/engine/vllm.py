@@ -260,6 +260,7 @@ class VLLMEngine(Engine):
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
+            seed=self._seed_of(sampling),
             structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
@@ -289,6 +290,12 @@ class VLLMEngine(Engine):
         if completion.finish_reason not in ("stop", "length"):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
+
+    def _seed_of(self, sampling: Sampling) -> int | None:
+        """The seed of one reply where there are several copies of the model, which all draw the same random numbers."""
+        if self._llm.vllm_config.parallel_config.data_parallel_size == 1:
+            return None
+        return (self.seed ^ sampling.seed) % 2**31
 
     def _replica(self, messages: list[Message]) -> int | None:
         """Which copy of the model answers: a longer conversation's own, which has its beginning; else None, the idlest."""

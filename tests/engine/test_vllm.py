@@ -166,6 +166,19 @@ def test_versions_that_are_known(version: str, known: bool, tmp_path: Path, monk
     assert f"vLLM {version} could not start: vllm has no AsyncEngineArgs; known to work: 0.26 to 0.29" in gone
 
 
+def test_several_copies_of_the_model_are_told_what_to_draw() -> None:
+    engine = VLLMEngine(Model("some", "some/model", "Some"), 5)
+
+    def seed(replicas: int, own: int) -> int | None:
+        parallel = SimpleNamespace(data_parallel_size=replicas)
+        engine._llm = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        return engine._seed_of(Sampling(seed=own))
+
+    assert seed(1, 7) is None, "seeds would slow the sampler for nothing"
+    assert seed(2, 7) == seed(4, 7) != seed(2, 8)
+    assert 0 <= (seed(2, 2**64 - 1) or 0) < 2**31
+
+
 def test_a_conversation_stays_with_one_copy_of_the_model() -> None:
     engine = VLLMEngine(Model("some", "some/model", "Some"), 0)
 
