@@ -191,8 +191,12 @@ class VLLMEngine(Engine):
         return min(context, limit)
 
     def _room(self) -> int:
-        found = self._llm.vllm_config
-        return int(found.cache_config.kv_cache_size_tokens * found.parallel_config.data_parallel_size)
+        return int(self._llm.vllm_config.cache_config.kv_cache_size_tokens * self._copies)
+
+    @property
+    def _copies(self) -> int:
+        """Whole copies of the model, each on GPUs of its own."""
+        return int(self._llm.vllm_config.parallel_config.data_parallel_size)
 
     async def _load(self, adapter: Path) -> None:
         from vllm.lora.request import LoRARequest
@@ -293,17 +297,16 @@ class VLLMEngine(Engine):
 
     def _seed_of(self, sampling: Sampling) -> int | None:
         """The seed of one reply where there are several copies of the model, which all draw the same random numbers."""
-        if self._llm.vllm_config.parallel_config.data_parallel_size == 1:
+        if self._copies == 1:
             return None
         return (self.seed ^ sampling.seed) % 2**31
 
     def _replica(self, messages: list[Message]) -> int | None:
         """Which copy of the model answers: a longer conversation's own, which has its beginning; else None, the idlest."""
-        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
-        if replicas == 1 or len(messages) < LONGER:
+        if self._copies == 1 or len(messages) < LONGER:
             return None
         beginning = "".join(message["content"] for message in messages[: LONGER - 1])
-        return int(zlib.crc32(beginning.encode()) % replicas)
+        return zlib.crc32(beginning.encode()) % self._copies
 
     async def _steering(self, steering: Steering) -> int:
         """The number of a steering, which vLLM's processes learn at its first use. Raises UserError."""
