@@ -57,7 +57,7 @@ def open_engine(
 ) -> Engine:
     """The engine for `model`, to be entered with `async with`. adapters: the LoRA folders that replies will name.
 
-    steered: whether replies may ask for steering, which costs vLLM its compiled graphs.
+    steered: whether replies may ask for steering, which costs vLLM its compiler.
     concurrency: requests under way at once at an endpoint.
     precision: vLLM's arguments for weights, and for keys and values, in 8 bits; the others leave it out.
     Raises UserError where the engine cannot be had; entering raises it where the model cannot be loaded.

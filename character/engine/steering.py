@@ -1,10 +1,10 @@
-"""What vLLM's worker processes get to be steered: a method that the engine calls by its name.
+"""Steering inside vLLM: hooks that add to each token's hidden state what its request asks for.
 
 Each request may have its own control vector: its number stands in the request's id, and is looked up for every token of
-a batch. The model runs without compiled graphs, which would skip the hooks.
+a batch. The hooks read tensors that stay in their places, so that they become part of vLLM's CUDA graphs.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from repeng import ControlVector
@@ -12,71 +12,68 @@ from repeng.control import decoder_layers
 
 # In a request's id, before the number of its steering.
 MARK = ".steered."
-
-
-class SteeredWorker:
-    """Becomes a base class of vLLM's worker."""
-
-    steered: Any = None
-
-    def steer(self, number: int, vector: str, strength: float) -> None:
-        """Steer the requests with this number, from 1 up, by the control vector in a file."""
-        if self.steered is None:
-            self.steered = SteeredModel(self.model_runner)  # type: ignore[attr-defined]
-        self.steered.add(number, ControlVector.load(Path(vector)) * strength)
+# Control vectors and strengths, no steering included, that one engine can tell apart.
+STEERINGS = 512
 
 
 class SteeredModel:
-    """vLLM's model, whose layers add to each token's hidden state what its request asks for.
+    """vLLM's model, with every decoder layer hooked before its graphs are captured.
 
-    runner: vLLM's first model runner, which holds the order of a batch in `input_batch` and `query_start_loc`.
+    runner: either of vLLM's model runners, with the model loaded.
     """
 
     def __init__(self, runner: Any):
-        if not hasattr(runner, "query_start_loc"):
-            raise RuntimeError("steering needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
-        self.runner = runner
-        model = runner.get_model()
-        self.layers = decoder_layers(model)
-        # Layer → (steerings, hidden size), the first row for requests without one.
-        self.shifts: dict[int, Any] = {}
-        # The row of each token of the batch; None where no request is steered.
-        self.rows: Any = None
-        model.register_forward_pre_hook(self._find_rows)
-
-    def add(self, number: int, vector: ControlVector) -> None:
-        """Take in what requests of this number add."""
         import torch
 
-        for layer, direction in vector.directions.items():
-            if layer not in self.shifts:
-                self.shifts[layer] = torch.zeros(1, len(direction))
-                self.layers[layer].register_forward_hook(self._adding(layer))
-        for layer, known in self.shifts.items():
-            shifts = torch.cat([known, known.new_zeros(max(0, number + 1 - len(known)), known.shape[1])])
-            if layer in vector.directions:
-                shifts[number] = torch.from_numpy(vector.directions[layer]).to(shifts)
-            self.shifts[layer] = shifts
+        layers = decoder_layers(runner.get_model())
+        config = runner.model_config
+        self.runner = runner
+        # Layers × steerings × hidden size; the first row of each layer, for requests without one, stays 0.
+        self.shifts = torch.zeros(
+            len(layers), STEERINGS, config.get_hidden_size(), dtype=config.dtype, device=runner.device
+        )
+        # The number of each token of the batch.
+        self.numbers = torch.zeros(runner.max_num_tokens, dtype=torch.long, device=runner.device)
+        for layer, shifts in zip(layers, self.shifts, strict=True):
+            layer.register_forward_hook(self._adding(shifts))
+        # The first model runner's name of it, and the second's.
+        name = "_prepare_inputs" if hasattr(runner, "_prepare_inputs") else "prepare_inputs"
+        setattr(runner, name, self._numbering(getattr(runner, name)))
 
-    def _find_rows(self, model: Any, inputs: Any) -> None:
+    def add(self, number: int, vector: ControlVector) -> None:
+        """Take in what requests of this number add, from 1 up to STEERINGS - 1."""
+        import torch
+
+        self.shifts[:, number] = 0
+        for layer, direction in vector.directions.items():
+            self.shifts[layer, number] = torch.from_numpy(direction).to(self.shifts)
+
+    def _numbering(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """What the runner does before each batch, and then the numbers of the batch's tokens."""
+
+        def prepared(scheduled: Any, *more: Any) -> Any:
+            batch = prepare(scheduled, *more)
+            if hasattr(batch, "req_ids"):
+                self._number(batch.req_ids, batch.num_scheduled_tokens)
+            else:
+                names = self.runner.input_batch.req_ids
+                self._number(names, [scheduled.num_scheduled_tokens[name] for name in names])
+            return batch
+
+        return prepared
+
+    def _number(self, names: Sequence[str], lengths: Sequence[int]) -> None:
         import numpy as np
         import torch
 
-        batch = self.runner.input_batch
-        numbers = [number_in(name) for name in batch.req_ids]
-        self.rows = None
-        if any(numbers):
-            lengths = np.diff(self.runner.query_start_loc.np[: len(numbers) + 1])
-            self.rows = torch.from_numpy(np.repeat(numbers, lengths)).to(self.runner.device, non_blocking=True)
+        numbers = np.repeat(np.array([number_in(name) for name in names]), lengths)
+        self.numbers[: len(numbers)].copy_(torch.from_numpy(numbers), non_blocking=True)
 
-    def _adding(self, layer: int) -> Any:
+    def _adding(self, shifts: Any) -> Callable[[Any, Any, Any], None]:
         def add(module: Any, inputs: Any, output: Any) -> None:
-            if self.rows is not None:
-                # Two parts whose sum is the hidden state, padded at the end.
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.shifts[layer] = shifts = self.shifts[layer].to(hidden)
-                rows = self.rows[: len(hidden)]
-                hidden[: len(rows)] += shifts[rows]
+            # Two parts whose sum is the hidden state, padded at the end.
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden += shifts[self.numbers[: len(hidden)]]
 
         return add
 

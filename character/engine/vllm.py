@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
-from character.engine.steering import MARK
+from character.engine.steering import MARK, STEERINGS
 from character.models import Model
 from character.rows import RowError
 from character.utils import UserError, versions
@@ -41,8 +41,6 @@ LONGER = 4
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
 # GiB for keys and values; and no compiler is needed, nor half a minute of compiling before the first sample.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "TORCH_COMPILE_DISABLE": "1"}
-# The model runner that tells which request each token of a batch belongs to.
-STEERED_DEFAULTS = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 ERROR = re.compile(r"(?:^|[\]\s])((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)")
 DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
@@ -142,6 +140,7 @@ class VLLMEngine(Engine):
             "enable_prefix_caching": True,
             "language_model_only": True,
             "disable_log_stats": True,
+            "worker_cls": "character.engine.worker.Worker",
             **self.precision,
         }
         replicas, sequences = 1, 64
@@ -177,8 +176,9 @@ class VLLMEngine(Engine):
                 "max_cpu_loras": max(len(self.adapters), slots),
             }
         if self.steered:
-            _set_defaults(STEERED_DEFAULTS)
-            settings |= {"enforce_eager": True, "worker_extension_cls": "character.engine.steering.SteeredWorker"}
+            settings["worker_cls"] = "character.engine.worker.SteeredWorker"
+            if not current_platform.is_cpu():
+                settings["compilation_config"] = steered_graphs(sequences)
         # A quarter more than fits, so that a finished reply's place is taken at once.
         self.concurrency = sequences * replicas * 5 // 4
         return settings | {"max_num_seqs": sequences}
@@ -312,6 +312,10 @@ class VLLMEngine(Engine):
         """The number of a steering, which vLLM's processes learn at its first use. Raises UserError."""
         if steering not in self._steerings:
             number = len(self._steerings) + 1
+            if number == STEERINGS:
+                raise UserError(
+                    f"one run steers by at most {number - 1} control vectors and strengths; name fewer constitutions"
+                )
             self._steerings[steering] = asyncio.create_task(self._learn(number, steering))
         # A reply that is cancelled must not take the others' number with it.
         return await asyncio.shield(self._steerings[steering])
@@ -404,6 +408,16 @@ def gpu_settings(weights: int, memory: int, gpus: int, heads: int, source: str) 
         "max_num_batched_tokens": 8192 if large else 4096,
         "max_num_seqs": 1024 if large else 256,
     }
+
+
+def steered_graphs(sequences: int) -> dict[str, Any]:
+    """vLLM's compilation settings for steering: torch.compile would leave the hooks out, CUDA graphs have them in.
+
+    sequences: at once. Graphs are for batches that decode alone: one of flash attention 3 that was captured with one
+    token per request lets the tokens of a prompt see each other backwards and forwards.
+    """
+    sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, sequences + 1, 64)]
+    return {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
 
 
 def layout(weights: int, memory: int, gpus: int, heads: int, source: str) -> tuple[int, int]:

@@ -101,9 +101,9 @@ def test_works_and_sides_are_named(script: Any) -> None:
     script("works")
     run = script("run")
     assert run.chosen(["dpo"]) == [("dpo", "published"), ("dpo", "ours")]
-    assert run.chosen(["teacher.cascade"]) == [("teacher", "cascade")]
+    assert run.chosen(["teacher.parts"]) == [("teacher", "parts")]
     for wrong in ("nothing", "dpo.nothing"):
-        with pytest.raises(UserError, match=f"unknown work '{wrong}'; known: .*teacher.cascade"):
+        with pytest.raises(UserError, match=f"unknown work '{wrong}'; known: .*teacher.parts"):
             run.chosen([wrong])
 
 

@@ -1,6 +1,7 @@
 """What the vLLM engine alone has: its layout on GPUs, its adapters' ranks, its quiet log, and how it fails."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -13,13 +14,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from character.engine import Sampling
-from character.engine.steering import MARK, number_in
-from character.engine.vllm import VLLMEngine, _cause, _known, _output_to, _rank, _short, layout, weights_folder
+from character.engine.steering import MARK, SteeredModel, number_in
+from character.engine.vllm import (
+    VLLMEngine,
+    _cause,
+    _known,
+    _output_to,
+    _rank,
+    _short,
+    layout,
+    steered_graphs,
+    weights_folder,
+)
 from character.models import Model
 from character.utils import UserError
+from repeng import ControlVector
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -204,6 +218,51 @@ def test_a_validation_error_becomes_one_line() -> None:
 def test_a_steerings_number_is_read_off_a_requests_id() -> None:
     assert number_in(f"17{MARK}3-ab12cd34") == number_in(f"17{MARK}3") == 3
     assert number_in("17-ab12cd34") == number_in("17") == 0
+
+
+class Stack(torch.nn.Module):
+    """A model of two layers that hand on what they get, in two parts as vLLM's do; tokens × hidden size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+
+    def forward(self, hidden: Any) -> Any:
+        rest = torch.zeros_like(hidden)
+        for layer in self.layers:
+            hidden, rest = layer((hidden, rest))
+        return hidden + rest
+
+
+def test_graphs_for_steering_cover_full_batches() -> None:
+    settings = steered_graphs(1024)
+    assert settings["mode"] == "NONE", "torch.compile leaves hooks out"
+    assert settings["cudagraph_mode"] == "FULL_DECODE_ONLY"
+    assert settings["cudagraph_capture_sizes"][-1] == 1024
+    assert max(b - a for a, b in itertools.pairwise(settings["cudagraph_capture_sizes"])) <= 64
+
+
+def test_each_token_gets_what_its_request_asks_for() -> None:
+    network = Stack()
+    # As vLLM's second model runner, which has no CPU build.
+    runner: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        max_num_tokens=16,
+        model_config=SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 4),
+        get_model=lambda: network,
+        prepare_inputs=lambda scheduled, _: SimpleNamespace(
+            req_ids=list(scheduled), num_scheduled_tokens=np.array(list(scheduled.values()))
+        ),
+    )
+    steered = SteeredModel(runner)
+    steered.add(1, ControlVector("llama", {0: np.full(4, 1, np.float32)}))
+    steered.add(2, ControlVector("llama", {0: np.full(4, 2, np.float32), 1: np.full(4, 10, np.float32)}))
+    runner.prepare_inputs({f"1{MARK}2-ab": 3, "2": 1, f"3{MARK}1-cd": 2}, None)
+    # The last two pad the batch.
+    assert network(torch.zeros(8, 4))[:6].tolist() == [[value] * 4 for value in (12, 12, 12, 0, 1, 1)]
+    runner.prepare_inputs({"2": 5}, None)
+    assert not network(torch.zeros(5, 4)).any()
 
 
 def test_output_goes_to_the_log_and_stays_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

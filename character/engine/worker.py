@@ -1,0 +1,47 @@
+"""vLLM's worker with what this project adds to it; imported in vLLM's own processes alone."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from character.engine.prefix import SharedPrefix, can_share
+from character.engine.steering import SteeredModel
+from repeng import ControlVector
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as VLLMWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as VLLMWorker
+
+
+class Worker(VLLMWorker):
+    """Reads once per batch what all its prompts begin with, where the model runner allows it."""
+
+    prefix: SharedPrefix | None = None
+
+    def initialize_from_config(self, *given: Any, **named: Any) -> None:
+        super().initialize_from_config(*given, **named)
+        if not current_platform.is_cpu() and can_share(self.model_runner):
+            self.prefix = SharedPrefix(self.model_runner)
+
+    def execute_model(self, scheduled: Any) -> Any:
+        if self.prefix is None:
+            return super().execute_model(scheduled)
+        self.prefix.scheduled = scheduled
+        try:
+            return super().execute_model(scheduled)
+        finally:
+            self.prefix.scheduled = None
+
+
+class SteeredWorker(Worker):
+    """Hooks its model as soon as it is loaded."""
+
+    def load_model(self, *given: Any, **named: Any) -> None:
+        super().load_model(*given, **named)
+        self.steered = SteeredModel(self.model_runner)
+
+    def steer(self, number: int, vector: str, strength: float) -> None:
+        """Steer the requests with this number by the control vector in a file."""
+        self.steered.add(number, ControlVector.load(Path(vector)) * strength)
