@@ -44,8 +44,6 @@ SAMPLING = Sampling()
 MEDIAN, SIGMA, MOST = 330, 0.6, 1024
 SYSTEM, MESSAGE = 950, 60
 SEED = 123456
-# More batch sizes with a CUDA graph: vLLM's own end at 512, and 1,024 sequences with the prompts that join them are more.
-GRAPHS = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(320, 1537, 64)]
 # Sides that use two GPUs; every other one sees one.
 ON_TWO_GPUS = ("teacher.dp", "teacher.tp", "dpo.two", "sft.two")
 
@@ -161,6 +159,7 @@ def offline(context: Context, settings: dict[str, Any], lora: bool = False) -> I
     """vLLM's own engine, stepped by us as `LLM.generate` steps it."""
     begun = time.perf_counter()
     import vllm
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if not has_gpu():
@@ -173,7 +172,8 @@ def offline(context: Context, settings: dict[str, Any], lora: bool = False) -> I
         max_model_len=min(8192, context.config["max_position_embeddings"]),
         **settings,
     )
-    engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
+    # With the defaults that `LLM` has.
+    engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS, enable_multiprocessing=True)
     context.tell(start_seconds=round(time.perf_counter() - begun, 1))
     yield engine
     engine.engine_core.shutdown()
@@ -352,9 +352,6 @@ def steady_rate(marks: list[tuple[float, int]], at_once: int) -> float | None:
 # Experiments: fewer and shorter answers, so that one takes about half a minute after the engine's start.
 
 TRIED, TRIED_MEDIAN = 1536, 130
-FIRST_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-# The shared prefix's keys and values are read once per batch; the first model runner has that.
-CASCADE: dict[str, Any] = {"disable_cascade_attn": False}
 
 
 def tried_requests(context: Context, times: int = 1, answers: int = 1, system: bool = True) -> list[Asked]:
@@ -398,43 +395,13 @@ def teacher_parts(context: Context) -> None:
     ours(context, work)
 
 
-def teacher_cascade(context: Context) -> None:
-    """The shared prefix is read once per batch."""
-    os.environ |= FIRST_RUNNER
-    teacher_tried(context, CASCADE)
+# vLLM's own worker, which has every request read the system prompt's keys and values by itself.
+UNSHARED = {"worker_cls": "auto"}
 
 
-def teacher_cascade_graphs(context: Context) -> None:
-    """The same, with graphs for the largest batches."""
-    os.environ |= FIRST_RUNNER
-    teacher_tried(context, CASCADE | {"cudagraph_capture_sizes": GRAPHS})
-
-
-def teacher_cascade_full(context: Context) -> None:
-    """All of the teacher's requests, as `teacher.ours` has them, with the shared prefix read once per batch."""
-    os.environ |= FIRST_RUNNER
-    teacher_ours(context, CASCADE)
-
-
-def teacher_runner1(context: Context) -> None:
-    """vLLM's first model runner alone."""
-    os.environ |= FIRST_RUNNER
-    teacher_tried(context)
-
-
-def teacher_graphs(context: Context) -> None:
-    """CUDA graphs for the largest batches too."""
-    teacher_tried(context, {"cudagraph_capture_sizes": GRAPHS})
-
-
-def teacher_half(context: Context) -> None:
-    """Half as many sequences at once, which vLLM's own CUDA graphs cover."""
-    teacher_tried(context, {"max_num_seqs": 512})
-
-
-def teacher_short(context: Context) -> None:
-    """A context of 8,192 tokens in place of the model's."""
-    teacher_tried(context, {"max_model_len": 8192})
+def teacher_unshared(context: Context) -> None:
+    """As ours, but for the system prompt, which every request reads by itself."""
+    teacher_ours(context, UNSHARED)
 
 
 def teacher_fp8(context: Context) -> None:
@@ -499,15 +466,15 @@ def seen(context: Context, turns: list[str]) -> list[dict[str, str]]:
     return [{"role": "system", "content": context.system + opened}, *messages]
 
 
-def interaction_ours(context: Context, extra: dict[str, Any] | None = None, fitting: bool = True) -> None:
-    """Each conversation goes on at its own pace. fitting: no more at once than the memory keeps prefixes of."""
+def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
+    """Each conversation goes on at its own pace, no more at once than the memory keeps prefixes of."""
     lengths = talk_lengths(context)
     adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
 
     async def work(engine: VLLMEngine) -> None:
         tokens, done = 0, 0
         begun = time.perf_counter()
-        at_once = rows_at_once(engine, TURNS if fitting else 1, context.most)
+        at_once = rows_at_once(engine, TURNS, context.most)
         free = asyncio.Semaphore(at_once)
         context.tell(room=engine.room, at_once=at_once)
 
@@ -529,24 +496,15 @@ def interaction_ours(context: Context, extra: dict[str, Any] | None = None, fitt
     ours(context, work, adapter, extra=extra)
 
 
-def interaction_cascade(context: Context) -> None:
-    """An experiment: the shared prefix is read once per batch."""
-    os.environ |= FIRST_RUNNER
-    interaction_ours(context, CASCADE)
+def interaction_graphs(context: Context) -> None:
+    """An experiment: CUDA graphs for larger batches than vLLM's own, which end at 512 tokens."""
+    sizes = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(320, 2049, 128)]
+    interaction_ours(context, {"compilation_config": {"cudagraph_capture_sizes": sizes}})
 
 
-# As at the paper's size, all conversations together need three times the keys and values that fit.
-TIGHT = {"num_gpu_blocks_override": 6250}
-
-
-def interaction_tight(context: Context) -> None:
-    """An experiment: memory for a third of the conversations, and as many at once as it keeps the prefixes of."""
-    interaction_ours(context, TIGHT)
-
-
-def interaction_tight_all(context: Context) -> None:
-    """The same with all conversations at once."""
-    interaction_ours(context, TIGHT, fitting=False)
+def interaction_unshared(context: Context) -> None:
+    """As ours, but for the system prompt, which every request reads by itself."""
+    interaction_ours(context, UNSHARED)
 
 
 # Steered answers.
@@ -620,7 +578,7 @@ def steering_published(context: Context) -> None:
             break
 
 
-def steering_ours(context: Context) -> None:
+def steering_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
     """The engine, which steers while a reply is written."""
     messages, lengths = steering_requests(context)
     steering = Steering(control_vector(context), 1.0)
@@ -629,7 +587,12 @@ def steering_ours(context: Context) -> None:
     async def work(engine: VLLMEngine) -> None:
         await flow(engine, requests, functools.partial(tell_rate, context))
 
-    ours(context, work, steered=True)
+    ours(context, work, steered=True, extra=extra)
+
+
+def steering_eager(context: Context) -> None:
+    """An experiment: the same without CUDA graphs."""
+    steering_ours(context, {"enforce_eager": True})
 
 
 # Training.
@@ -852,67 +815,6 @@ def profiled(context: Context, trainer: Any, *_: Any) -> None:
     )
 
 
-def dpo_unfused(context: Context) -> None:
-    """An experiment: PEFT's LoRA layers."""
-
-    def plain(network: Any) -> None:
-        for module in network.modules():
-            # Otherwise PEFT brings every input to the adapter's float32 first.
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
-
-    training.fuse_lora = plain
-    dpo(context, 4, 0)
-
-
-def dpo_padded(context: Context) -> None:
-    """An experiment: attention on rows with their padding."""
-    training.Unpadded._by_borders = training.Unpadded._by_rows  # type: ignore[method-assign]
-    dpo(context, 4, 0)
-
-
-def dpo_rows(context: Context) -> None:
-    """An experiment: four pairs at once, however short they are."""
-    dpo(context, 3, 8, micro_batch_size=4, gradient_checkpointing=False)
-
-
-def dpo_compiled(context: Context) -> None:
-    """An experiment: decoder layers compiled by torch in place of liger-kernel's."""
-    compiled()
-    training.fused_kernels = lambda: False  # type: ignore[assignment]
-    dpo(context, 6, 0)
-
-
-def compiled() -> None:
-    """Have the trainers' decoder layers compiled."""
-    from repeng.control import decoder_layers
-
-    before = training.speed_up
-
-    def also_compiled(trainer: Any, *more: Any, **named: Any) -> None:
-        before(trainer, *more, **named)
-        for layer in decoder_layers(trainer.model):
-            layer.compile(dynamic=True)
-
-    training.speed_up = also_compiled
-
-
-def dpo_plain(context: Context) -> None:
-    """An experiment: without liger-kernel."""
-    training.fused_kernels = lambda: False  # type: ignore[assignment]
-    dpo(context, 3, 0)
-
-
-def dpo_recomputed(context: Context) -> None:
-    """An experiment: activations recomputed, and so more tokens at once."""
-    dpo(context, 3, 0, gradient_checkpointing=True)
-
-
-def dpo_small(context: Context) -> None:
-    """An experiment: two pairs at once, nothing recomputed."""
-    dpo(context, 2, 16, micro_batch_size=2, gradient_checkpointing=False)
-
-
 def sft_rows(context: Context, steps: int) -> list[list[dict[str, str]]]:
     """Conversations of ten turns under a short system prompt, at most 3,072 tokens."""
     found = []
@@ -1016,6 +918,16 @@ def truth_parts(context: Context) -> tuple[Path, Path]:
     return adapter, path
 
 
+def small_share() -> dict[str, float]:
+    """Settings by which vLLM takes of a GPU's memory what the small model needs, whatever else uses the GPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return {}
+    share = 6e9 / current_platform.get_device_total_memory()
+    return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": int(1.5e9)}
+
+
 def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **extra: Any) -> None:
     """Greedy answers in each of these ways. extra: settings of vLLM's engine that an experiment adds."""
     from character.engine import open_engine
@@ -1025,11 +937,12 @@ def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **e
     answers: dict[str, list[str]] = {way: [""] * len(conversations) for way in ways}
 
     async def run() -> None:
+        adapters = [adapter] if any("adapter" in way for way in ways) else []
         steered = "steered" in ways
-        if extra:
-            engine: Engine = Measured(resolve("pocket"), SEED, [adapter], steered, extra=extra)
+        if engine_name == "vllm":
+            engine: Engine = Measured(resolve("pocket"), SEED, adapters, steered, extra=small_share() | extra)
         else:
-            engine = open_engine(resolve("pocket"), engine=engine_name, seed=SEED, adapters=[adapter], steered=steered)
+            engine = open_engine(resolve("pocket"), engine=engine_name, seed=SEED, adapters=adapters, steered=steered)
         async with engine:
             for way in ways:
                 used = adapter if "adapter" in way else None
@@ -1063,6 +976,24 @@ def truth_transformers(context: Context) -> None:
     truth_answers(context, "transformers", (*PLAIN, *STEERED_WAYS))
 
 
+def truth_float32(context: Context) -> None:
+    """vLLM's answers in float32, where rounding leaves nearly every answer alone: on the GPU, and on a CPU.
+
+    On a GPU its adapters have 16 bits.
+    """
+    truth_answers(context, "vllm", ("plain", "steered"), dtype="float32")
+
+
+def truth_shared(context: Context) -> None:
+    """vLLM's answers where what all prompts begin with is read once at every token, not in large batches alone."""
+    truth_answers(context, "vllm", PLAIN, compilation_config={"cudagraph_mode": "PIECEWISE"})
+
+
+def truth_unshared(context: Context) -> None:
+    """vLLM's answers where each request reads it by itself."""
+    truth_answers(context, "vllm", PLAIN, compilation_config={"cudagraph_mode": "PIECEWISE"}, **UNSHARED)
+
+
 def truth_fp8(context: Context) -> None:
     """vLLM's answers with weights in eight bits."""
     truth_answers(context, "vllm", PLAIN, quantization="fp8")
@@ -1071,12 +1002,6 @@ def truth_fp8(context: Context) -> None:
 def truth_fp8_cache(context: Context) -> None:
     """vLLM's answers with keys and values in eight bits."""
     truth_answers(context, "vllm", PLAIN, kv_cache_dtype="fp8")
-
-
-def truth_cascade(context: Context) -> None:
-    """vLLM's answers where the prefix that all requests share is read once per batch."""
-    os.environ |= FIRST_RUNNER
-    truth_answers(context, "vllm", PLAIN, **CASCADE)
 
 
 def told_answers(context: Context, side: str) -> dict[str, list[str]]:
@@ -1097,7 +1022,10 @@ def truth_judged(context: Context) -> None:
     adapter, path = truth_parts(context)
     usual, expected = told_answers(context, "vllm"), told_answers(context, "transformers")
     compared = [("", usual | told_answers(context, "steered"), expected)]
-    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache", "cascade")]
+    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache")]
+    compared += [("read once: ", told_answers(context, "shared"), told_answers(context, "unshared"))]
+    # A CPU's, made by the same side in another folder and copied here.
+    compared += [("float32, GPU and CPU: ", told_answers(context, "float32"), told_answers(context, "cpu"))]
 
     model = resolve("pocket")
     network, tokenizer = load_network(model)
@@ -1150,41 +1078,28 @@ WORKS: dict[str, dict[str, Callable[[Context], None]]] = {
         "vllm": truth_vllm,
         "steered": truth_steered,
         "transformers": truth_transformers,
+        "float32": truth_float32,
         "judged": truth_judged,
     },
 }
-# What was tried: no part of the ratios, run by `--only teacher.cascade` and the like.
+# No part of the ratios; run by `--only teacher.parts` and the like.
 EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
     "teacher": {
         "parts": teacher_parts,
-        "cascade": teacher_cascade,
-        "cascade_graphs": teacher_cascade_graphs,
-        "cascade_full": teacher_cascade_full,
-        "runner1": teacher_runner1,
-        "graphs": teacher_graphs,
-        "half": teacher_half,
-        "short": teacher_short,
+        "unshared": teacher_unshared,
         "fp8": teacher_fp8,
         "fp8_cache": teacher_fp8_cache,
         "dp": teacher_dp,
         "tp": teacher_tp,
     },
-    "interaction": {
-        "cascade": interaction_cascade,
-        "tight": interaction_tight,
-        "tight_all": interaction_tight_all,
+    "interaction": {"graphs": interaction_graphs, "unshared": interaction_unshared},
+    "steering": {"eager": steering_eager},
+    "truth": {
+        "fp8": truth_fp8,
+        "fp8_cache": truth_fp8_cache,
+        "shared": truth_shared,
+        "unshared": truth_unshared,
     },
-    "truth": {"fp8": truth_fp8, "fp8_cache": truth_fp8_cache, "cascade": truth_cascade},
-    "dpo": {
-        "compiled": dpo_compiled,
-        "padded": dpo_padded,
-        "plain": dpo_plain,
-        "profile": dpo_profile,
-        "recomputed": dpo_recomputed,
-        "rows": dpo_rows,
-        "small": dpo_small,
-        "two": dpo_two,
-        "unfused": dpo_unfused,
-    },
+    "dpo": {"profile": dpo_profile, "two": dpo_two},
     "sft": {"profile": sft_profile, "two": sft_two},
 }
