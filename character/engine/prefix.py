@@ -10,7 +10,8 @@ from typing import Any
 
 # As vLLM's own rule has it.
 LEAST_TOKENS, LEAST_REQUESTS = 256, 8
-# Tokens times requests from which on reading them once saves more time than a CUDA graph of the whole model.
+# Tokens times requests from which on reading them once saves more time than one CUDA graph of the whole model does
+# against a graph for each of its parts.
 WORTH_A_GRAPH = 2**17
 
 
@@ -28,7 +29,9 @@ class SharedPrefix:
         self.block_size: int = group.kv_cache_spec.block_size
         builder.build = self._building(builder.build)
         manager = runner.cudagraph_manager
-        manager.dispatch = self._dispatching(manager.dispatch)
+        # Without graphs of the parts, as when it steers, leaving the whole model's would leave a batch none.
+        if manager.cudagraph_mode.has_piecewise_cudagraphs():
+            manager.dispatch = self._dispatching(manager.dispatch)
 
     def _tokens(self) -> int:
         """How many tokens all requests have in common."""
@@ -84,21 +87,38 @@ def cascade(metadata: Any, shared: int) -> None:
 
 def can_share(runner: Any) -> bool:
     """Whether a model runner and its attention are of the kind that this was seen to work with."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    import vllm.envs
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     groups = [group for several in getattr(runner, "attn_groups", []) for group in several]
     if not hasattr(runner, "prepare_inputs") or len(groups) != 1 or not getattr(runner, "cudagraph_manager", None):
         return False
-    builder = groups[0].get_metadata_builder(0)
-    spec = groups[0].kv_cache_spec
+    config, [group] = runner.vllm_config, groups
+    builder = group.get_metadata_builder(0)
+    layers = config.compilation_config.static_forward_context
     return (
         type(builder) is FlashAttentionMetadataBuilder
-        and get_flash_attn_version() == 3
         and builder.dcp_world_size == 1
-        and type(spec) is FullAttentionSpec
-        and spec.sliding_window is None
-        and spec.attention_chunk_size is None
-        and not runner.model_config.uses_alibi
+        and type(group.kv_cache_spec) is FullAttentionSpec
+        and all(_is_plain(layers[name].impl) for name in group.layer_names)
+        # Copies of a mixture of experts step together; what a connector holds back counts as one more request's, drafts
+        # make lengths uncertain, and with the last an answer must not depend on its batch.
+        and config.parallel_config.data_parallel_size == 1
+        and config.kv_transfer_config is None
+        and config.speculative_config is None
+        and not vllm.envs.VLLM_BATCH_INVARIANT
+    )
+
+
+def _is_plain(attention: Any) -> bool:
+    """Whether a layer's attention is causal over everything before, by the kernels that this was seen to work with."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    return (
+        type(attention) is FlashAttentionImpl
+        and attention.vllm_flash_attn_version == 3
+        and attention.sliding_window == (-1, -1)
+        and attention.alibi_slopes is None
+        and attention.sinks is None
     )
