@@ -71,9 +71,9 @@ class SteeredModel:
 
     def _adding(self, shifts: Any) -> Callable[[Any, Any, Any], None]:
         def add(module: Any, inputs: Any, output: Any) -> None:
-            # Two parts whose sum is the hidden state, padded at the end.
+            # Two parts whose sum is the hidden state; padded at the end, and 1 × tokens × size in transformers' models.
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden += shifts[self.numbers[: len(hidden)]]
+            hidden += shifts[self.numbers[: hidden.shape[-2]]]
 
         return add
 

@@ -41,6 +41,9 @@ class SteeredWorker(Worker):
     def load_model(self, *given: Any, **named: Any) -> None:
         super().load_model(*given, **named)
         self.steered = SteeredModel(self.model_runner)
+        if not current_platform.is_cpu():
+            # vLLM 0.26 would otherwise count this memory among what is free for keys and values.
+            self.model_runner.model_memory_usage += self.steered.shifts.nbytes
 
     def steer(self, number: int, vector: str, strength: float) -> None:
         """Steer the requests with this number by the control vector in a file."""

@@ -261,6 +261,8 @@ def test_each_token_gets_what_its_request_asks_for() -> None:
     runner.prepare_inputs({f"1{MARK}2-ab": 3, "2": 1, f"3{MARK}1-cd": 2}, None)
     # The last two pad the batch.
     assert network(torch.zeros(8, 4))[:6].tolist() == [[value] * 4 for value in (12, 12, 12, 0, 1, 1)]
+    # As a model that vLLM takes from transformers, whose layers get the tokens as one row.
+    assert network(torch.zeros(1, 8, 4))[0, :6].tolist() == [[value] * 4 for value in (12, 12, 12, 0, 1, 1)]
     runner.prepare_inputs({"2": 5}, None)
     assert not network(torch.zeros(5, 4)).any()
 
