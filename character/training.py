@@ -125,6 +125,12 @@ def trainer_arguments(args: TrainArgs, at_once: AtOnce, folder: Path, rows_in: i
     }
 
 
+def on_one_gpu(config: Any) -> Any:
+    """A Trainer's arguments, for one GPU per process, however many there are."""
+    config._n_gpu = min(1, config.n_gpu)
+    return config
+
+
 def on_gpu(network: Any) -> Any:
     """The network on this process's own GPU, where there is one."""
     import torch

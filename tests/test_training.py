@@ -201,6 +201,24 @@ def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
         training.micro_batch_of(train.Args(), resolve("pocket"), Network, DPO_ROW)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+@pytest.mark.parametrize(("seen", "used"), [(0, 0), (4, 1)])
+def test_a_process_trains_on_one_gpu(
+    kind: str, seen: int, used: int, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """seen: GPUs that a process finds; transformers would spread a batch over them."""
+    import transformers
+
+    before = transformers.TrainingArguments.__post_init__
+
+    def found(arguments: Any) -> None:
+        before(arguments)
+        arguments._n_gpu = seen
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", found)
+    assert make(kind, 2).args.n_gpu == used
+
+
 # The order of rows.
 
 

@@ -137,14 +137,14 @@ def make_trainer(args: Args, model: Model, pairs: list[dict[str, Any]], checkpoi
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
     at_once = training.micro_batch_of(args, model, network, 2 * args.max_length)
-    config = trl.DPOConfig(
-        **training.trainer_arguments(args, at_once, checkpoints, len(pairs)),
-        beta=args.beta,
-        loss_type=["sigmoid_norm" if args.length_normalized else "sigmoid"],
-        max_length=args.max_length,
+    config = training.on_one_gpu(
+        trl.DPOConfig(
+            **training.trainer_arguments(args, at_once, checkpoints, len(pairs)),
+            beta=args.beta,
+            loss_type=["sigmoid_norm" if args.length_normalized else "sigmoid"],
+            max_length=args.max_length,
+        )
     )
-    # A process trains on one GPU, however many there are.
-    config._n_gpu = min(1, config.n_gpu)
     trainer = Trainer(
         model=network,
         peft_config=training.lora_config(model, args),

@@ -81,14 +81,14 @@ def make_trainer(args: Args, model: Model, adapter: Path, conversations: list[li
         # Position ids that begin anew with each row tell transformers' attention which tokens belong together.
         fed = trl.pack_dataset(fed, args.max_length)
     at_once = training.micro_batch_of(args, model, network, args.max_length, args.packing)
-    config = trl.SFTConfig(
-        **training.trainer_arguments(args, at_once, checkpoints, len(fed)),
-        max_length=args.max_length,
-        packing=args.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},
+    config = training.on_one_gpu(
+        trl.SFTConfig(
+            **training.trainer_arguments(args, at_once, checkpoints, len(fed)),
+            max_length=args.max_length,
+            packing=args.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
     )
-    # A process trains on one GPU, however many there are.
-    config._n_gpu = min(1, config.n_gpu)
     trainer = trl.SFTTrainer(
         model=network,
         peft_config=training.lora_config(model, args),
