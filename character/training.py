@@ -307,6 +307,7 @@ class Parts:
         lengths = inputs["attention_mask"].sum(dim=1).unflatten(0, (self.sides, -1)).T.contiguous()
         parts = self._divided(trainer.accelerator.gather(lengths).unflatten(0, (-1, len(lengths))).tolist())
         own = lengths.tolist()
+        weights = self._weights(parts, inputs, by_tokens=num_items_in_batch is not None)
         whole = 0.0
         for number, part in enumerate(parts):
             longest = max(max(own[row]) for row in part)
@@ -324,8 +325,17 @@ class Parts:
             whole += loss.detach()
         for values in trainer._metrics["train"].values():
             if len(values) == len(parts):
-                values[:] = [sum(value * len(part) for value, part in zip(values, parts, strict=True)) / len(lengths)]
+                values[:] = [sum(value * weight for value, weight in zip(values, weights, strict=True))]
         return whole
+
+    def _weights(self, parts: list[list[int]], inputs: dict[str, Any], by_tokens: bool) -> list[float]:
+        """Each part's share of the step's rows, or of its trained tokens in all processes, as the loss is weighted."""
+        counts = [len(part) for part in parts]
+        if by_tokens:
+            trained = (inputs["labels"][:, 1:] != -100).sum(dim=1)
+            everyone = self.trainer.accelerator.gather(trained).unflatten(0, (-1, len(trained))).sum(dim=0).tolist()
+            counts = [sum(everyone[row] for row in part) for part in parts]
+        return [count / max(1, sum(counts)) for count in counts]
 
     def _divided(self, lengths: list[list[list[int]]]) -> list[list[int]]:
         """The rows of each part, the same in every process: what is told of a part is gathered, which takes one shape.

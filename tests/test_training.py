@@ -365,6 +365,18 @@ def test_training_learns_the_same_without_what_a_gpu_need_not_do(
     assert all(isinstance(entry["entropy"], float) for entry in logged)
 
 
+def test_what_is_told_of_tokens_is_told_of_the_whole_step(make: Callable[..., Any]) -> None:
+    """Against TRL's figures over all rows at once; the parts have like numbers of rows, not of trained tokens."""
+    whole, parted = make("sft", 6), make("sft", 6)
+    training.speed_up(parted, lengths_of(parted), 6, tokens=40)
+    for trainer in (whole, parted):
+        trainer.train()
+    for step in range(3):
+        expected, found = whole.state.log_history[step], parted.state.log_history[step]
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
 # What each of two processes runs: model, folder, and the pairs as JSON.
 ONE_OF_TWO = """
 import json, sys
