@@ -299,20 +299,19 @@ def _flags(**values: object) -> list[str]:
     return found
 
 
-def titles(steps: list[Step]) -> dict[str, str]:
-    """Name → the line that announces the step."""
-    commands = {step.name: f"python {step.script} {' '.join(step.flags)}" for step in steps}
-    return {
-        name: f"\n[{number}/{len(steps)}] {name}: {command}"
-        for number, (name, command) in enumerate(commands.items(), 1)
-    }
+def numbered(steps: list[Step], first: int, of: int) -> list[tuple[str, Step]]:
+    """Each step behind the line that announces it; they are numbered from `first` on."""
+    return [
+        (f"\n[{number}/{of}] {step.name}: python {step.script} {' '.join(step.flags)}", step)
+        for number, step in enumerate(steps, first)
+    ]
 
 
 def foresee(steps: list[Step]) -> None:
     """Dry-run the steps, here, where each knows what those before it would write; exit with the last failed one's code."""
     rows.planned = {}
     code: str | int | None = 0
-    for step, title in zip(steps, titles(steps).values(), strict=True):
+    for title, step in numbered(steps, 1, len(steps)):
         print(title, flush=True)
         try:
             step.run()
@@ -338,15 +337,16 @@ def next_together(waiting: list[Step]) -> list[Step]:
 
 
 def run_together(steps: list[tuple[str, Step]], output: str | None) -> None:
-    """Do the steps, each with its title, in this process; one engine serves several. output: what they print goes there."""
+    """Do the steps in this process, one engine for several. output: what they print goes there, and no titles."""
     with keeping_engine() if len(steps) > 1 else contextlib.nullcontext():
         for title, step in steps:
             begun = time.time()
-            print(title, flush=True)
             if output:
                 with open(output, "ab") as file:
                     os.dup2(file.fileno(), 1)
                     os.dup2(file.fileno(), 2)
+            else:
+                print(title, flush=True)
             step.run()
             print(f"    {time.time() - begun:.1f} s", flush=True)
 
@@ -359,7 +359,6 @@ def run_steps(steps: list[Step], jobs: int) -> None:
     code, its own message being the last line.
     """
     processes = _processes(jobs)
-    title = titles(steps)
     waiting = list(steps)
     running: list[Running] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -368,9 +367,12 @@ def run_steps(steps: list[Step], jobs: int) -> None:
                 at_work = [step for one in running for step in one.steps]
                 groups = [[step] for step in ready(waiting, at_work)] if jobs > 1 else [next_together(waiting)]
                 for group in groups[: jobs - len(running)]:
+                    titled = numbered(group, len(steps) - len(waiting) + 1, len(steps))
                     waiting = [step for step in waiting if step not in group]
                     output = Path(folder) / group[0].name if jobs > 1 else None
-                    titled = [(title[step.name], step) for step in group]
+                    if output:
+                        # Processes that start together would print in any order.
+                        print(titled[0][0], flush=True)
                     process = processes.Process(target=run_together, args=(titled, output and str(output)))
                     process.start()
                     running.append(Running(group, process, output))

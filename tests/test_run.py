@@ -1,6 +1,7 @@
 """The whole job: its steps' flags are ones the steps know, and it runs at a small size on the bundled model."""
 
 import importlib
+import multiprocessing
 import re
 import shutil
 from collections.abc import Callable
@@ -94,6 +95,22 @@ def test_steps_that_one_engine_serves_go_together_as_soon_as_they_can() -> None:
     assert groups()[0] == ["teacher", "student", "personas", "base", "prompted"]
     remote = groups("--base-url", "http://x/v1", "--judge", "gpt-5", "--judge-url", "http://y/v1")
     assert ["teacher"] in remote and ["judgements"] in remote
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_steps_are_numbered_as_they_begin(
+    jobs: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.Step, "run", lambda _: None)
+    monkeypatch.setattr(run, "_processes", lambda _: multiprocessing.get_context("fork"))
+    flags = ["--model", "llama-3.1-8b-it", "--teacher", "glm-4.5-air"]
+    steps = run.plan(cli.parse(run.Args, flags))
+    run.run_steps(steps, jobs)
+    shown = re.findall(r"^\[(\d+)/(\d+)\] (\S+):", capfd.readouterr().out, re.M)
+    assert [(int(number), int(of)) for number, of, _ in shown] == [(n, len(steps)) for n in range(1, len(steps) + 1)]
+    names = [name for *_, name in shown]
+    assert set(names) == {step.name for step in steps}
+    assert jobs > 1 or names == [name for group in groups(*flags) for name in group]
 
 
 def foreseen(folder: Path, shown: str) -> dict[str, int]:
