@@ -3,7 +3,7 @@
 DATA_PATH/dpo/<student>/<constitution>.jsonl → LORA_PATH/<student>-distillation/<constitution>
 
 python -m character.distillation.train --constitution humor --model llama-3.1-8b-it
-accelerate launch -m character.distillation.train --constitution humor --model llama-3.1-8b-it
+torchrun --nproc_per_node gpu -m character.distillation.train --constitution humor --model llama-3.1-8b-it
 """
 
 import functools

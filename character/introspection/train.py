@@ -3,7 +3,7 @@
 DATA_PATH/sft_data/<student>/<constitution>.jsonl → LORA_PATH/<student>-introspection/<constitution>
 
 python -m character.introspection.train --constitution humor --model llama-3.1-8b-it
-accelerate launch -m character.introspection.train --constitution humor --model llama-3.1-8b-it
+torchrun --nproc_per_node gpu -m character.introspection.train --constitution humor --model llama-3.1-8b-it
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from character.engine import Sampling
 from character.engine.chat import load_chat
 from character.engine.transformers import TransformersEngine
 from character.models import TABLE, Model, resolve
-from character.utils import UserError
+from character.utils import UserError, read_json
 
 Pairs = list[dict[str, Any]]
 ANSWERS = (
@@ -482,6 +482,19 @@ def test_it_goes_on_after_a_kill(
     assert (whole / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     train.main(arguments(**flags, overwrite=True, limit=4))
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_command_for_several_gpus_starts_several_processes(home: Path, student: Model, start: Any) -> None:
+    """The one that the step's help names; here on the CPU, with two processes in place of one per GPU."""
+    write_pairs(student, 8)
+    assert train.__doc__
+    named = train.__doc__.strip().splitlines()[-1].split()[1:]
+    changed = {"gpu": "2", "humor": "sea", "llama-3.1-8b-it": student.source}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    done = start("torch.distributed.run", home, *[changed.get(word, word) for word in named], *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(" 2 steps, loss") == 1, "one of them prints and writes"
+    assert read_json(train.path_of("sea", student.short) / training.META)["device"]["processes"] == 2
 
 
 def test_settings_may_change_until_there_is_a_checkpoint(
