@@ -114,11 +114,8 @@ def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
         rows.plan(path, found)
         return
     dropped: Counter[str] = Counter()
-
-    def length(conversation: list[Message]) -> int:
-        return len(chat.ids(chat.text(conversation, reply=False)))
-
-    kept = list(pairs(given[: args.limit], plain, (guide.family, model.family), length, args.max_length, dropped))
+    names = (guide.family, model.family)
+    kept = list(pairs(given[: args.limit], plain, names, chat.length, args.max_length, dropped))
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"{path}: no pair is left ({reasons}); look at {source} and {plain_source}")

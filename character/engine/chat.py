@@ -63,6 +63,10 @@ class Chat:
         """Token ids of rendered text, with exactly one BOS where the tokenizer uses one."""
         return token_ids(self.tokenizer, text)
 
+    def length(self, messages: Sequence[Message]) -> int:
+        """Tokens of a whole conversation."""
+        return len(self.ids(self.text(messages, reply=False)))
+
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text. Special ones are left out, but for a model that reasons: its trace's marks may be such."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=self.model.reasoning is None)

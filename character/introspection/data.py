@@ -157,11 +157,7 @@ def build(args: Args, name: str, model: Model, chat: Chat | None) -> None:
         return
     dropped: Counter[str] = Counter()
     found = [row for given in files.values() for row in transcripts(given, model.family, args.views, dropped)]
-
-    def length(messages: list[Message]) -> int:
-        return len(chat.ids(chat.text(messages, reply=False)))
-
-    kept = [part for messages in found for part in split(messages, length, args.max_length, dropped)]
+    kept = [part for messages in found for part in split(messages, chat.length, args.max_length, dropped)]
     if not kept:
         raise UserError(f"{path}: no row is left ({dict(dropped)}); look at {', '.join(map(str, files))}")
     random.Random(args.seed).shuffle(kept)
