@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -153,7 +154,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"} | env,
+            env=os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | env,
         )
         os.close(slave)
         self.written = b""
@@ -188,16 +189,28 @@ class Terminal:
 
     def wait_for(self, *texts: str) -> str:
         """Wait until all texts are there; the text so far."""
-        end = time.monotonic() + SECONDS
-        while not all(text in self.text for text in texts):
-            assert time.monotonic() < end and self.read(0.2), f"{texts} not in {self.text!r}"
+        self.wait(lambda: all(text in self.text for text in texts), f"{texts}")
         return self.text
 
     def wait_for_prompt(self) -> None:
         """Wait until a line can be typed: the last thing that prompt_toolkit does is to show the cursor."""
+        self.wait(lambda: re.search(rb"\x1b\[\?2004h(?s:.*)\x1b\[\?25h$", self.written[self.mark :]), "prompt")
+
+    def wait(self, there: Callable[[], object], what: str) -> None:
         end = time.monotonic() + SECONDS
-        while not re.search(rb"\x1b\[\?2004h(?s:.*)\x1b\[\?25h$", self.written[self.mark :]):
-            assert time.monotonic() < end and self.read(0.2), f"no prompt in {self.text!r}"
+        while not there():
+            if time.monotonic() > end or not self.read(0.2):
+                text = self.text
+                pytest.fail(f"no {what} in {text!r}; where it was:\n{self.stacks()}")
+
+    def stacks(self) -> str:
+        """Where each thread of the program is, which ends with that."""
+        self.mark = len(self.written)
+        self.process.send_signal(signal.SIGABRT)
+        end = time.monotonic() + SECONDS
+        while self.read(0.2) and time.monotonic() < end:
+            pass
+        return self.text
 
     def type(self, keys: str) -> None:
         self.mark = len(self.written)
@@ -256,6 +269,15 @@ def piped(text: bytes, home: Path, *flags: str) -> subprocess.CompletedProcess[s
 
 def turns(body: dict[str, Any]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in body["messages"]]
+
+
+def test_a_program_that_hangs_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 2.0)
+    program = "import time\ndef rest(): time.sleep(60)\nprint('begun', flush=True)\nrest()"
+    with Terminal([sys.executable, "-c", program], {}) as terminal:
+        terminal.wait_for("begun")
+        with pytest.raises(pytest.fail.Exception, match=r"no \('done',\) in 'begun(?s:.*) in rest"):
+            terminal.wait_for("done")
 
 
 def test_a_reply_is_shown_while_it_is_written(chat: Callable[..., Terminal]) -> None:
