@@ -729,7 +729,7 @@ def dpo_two(context: Context) -> None:
 
 
 def spread(count: int) -> None:
-    """Run this side in so many processes, each on its own GPU, as `accelerate launch` does."""
+    """Run this side in so many processes, each on its own GPU, as torchrun does."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
