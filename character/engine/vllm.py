@@ -140,7 +140,6 @@ class VLLMEngine(Engine):
             "enable_prefix_caching": True,
             "language_model_only": True,
             "disable_log_stats": True,
-            "worker_cls": "character.engine.worker.Worker",
             **self.precision,
         }
         replicas, sequences = 1, 64
@@ -165,6 +164,8 @@ class VLLMEngine(Engine):
             )
             sequences, replicas = chosen["max_num_seqs"], chosen["data_parallel_size"]
             settings |= chosen
+            if current_platform.is_cuda():
+                settings["worker_cls"] = "character.engine.worker.Worker"
             largest = max((_size(adapter) for adapter in self.adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
             slots = min(len(self.adapters), fitting, MAX_ADAPTERS_IN_BATCH)

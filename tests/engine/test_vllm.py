@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from character.engine import Sampling
-from character.engine.steering import MARK, SteeredModel, number_in
+from character.engine import Sampling, Steering
+from character.engine.steering import MARK, STEERINGS, SteeredModel, number_in
 from character.engine.vllm import (
     VLLMEngine,
     _cause,
@@ -31,7 +31,7 @@ from character.engine.vllm import (
     steered_graphs,
     weights_folder,
 )
-from character.models import Model
+from character.models import Model, resolve
 from character.utils import UserError
 from repeng import ControlVector
 
@@ -360,6 +360,9 @@ class FakeGPUs:
     def is_unspecified(self) -> bool:
         return False
 
+    def is_cuda(self) -> bool:
+        return True
+
     def device_count(self) -> int:
         return self.count
 
@@ -402,7 +405,33 @@ def test_settings_follow_the_gpus(
         False,
     )
     assert engine.concurrency == concurrency
+    assert settings["worker_cls"] == "character.engine.worker.Worker"
     vllm.AsyncEngineArgs(**settings)
+
+
+@pytest.mark.vllm
+def test_steering_on_a_gpu_has_hooks_in_its_graphs(
+    chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    import vllm.platforms
+
+    model = chat_model("template-bos")
+    config = transformers.AutoConfig.from_pretrained(model.source)
+    monkeypatch.setattr(vllm.platforms, "current_platform", FakeGPUs(1, 80e9), raising=False)
+    settings = VLLMEngine(model, 7, steered=True)._settings(Path(model.source), config, [])
+    monkeypatch.undo()
+    assert settings["worker_cls"] == "character.engine.worker.SteeredWorker"
+    assert "enforce_eager" not in settings
+    compiled = vllm.AsyncEngineArgs(**settings).compilation_config
+    assert (compiled.mode.name, compiled.cudagraph_mode.name) == ("NONE", "FULL_DECODE_ONLY")
+
+
+def test_an_engine_steers_by_so_many_at_most() -> None:
+    engine = VLLMEngine(resolve("pocket"), 7, steered=True)
+    engine._steerings = {Steering(Path("x"), number): None for number in range(STEERINGS - 1)}  # type: ignore[misc]
+    with pytest.raises(UserError, match=r"at most 511 control vectors and strengths; name fewer constitutions"):
+        asyncio.run(engine._steering(Steering(Path("y"), 1.0)))
 
 
 @pytest.mark.vllm
