@@ -547,7 +547,10 @@ def finish(
 
     make: the folder for checkpoints → the Trainer.
     """
-    if already_trained(output, settings, args.overwrite):
+    there = already_trained(output, settings, args.overwrite)
+    if not is_main() and (there or args.dry_run):
+        return
+    if there:
         print(f"{output}: complete")
     elif args.dry_run:
         count, tokens = len(amount.lengths), sum(amount.lengths)

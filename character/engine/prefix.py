@@ -5,8 +5,11 @@ token. Cascade attention reads them once for all requests, and joins what it fin
 the same sum in another order. vLLM's first model runner can do so; this adds it to the second.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 # As vLLM's own rule has it.
 LEAST_TOKENS, LEAST_REQUESTS = 256, 8
@@ -84,15 +87,25 @@ def cascade(metadata: Any, shared: int) -> None:
     metadata.max_num_splits = 0
 
 
+def shared_prefix(runner: Any) -> SharedPrefix | None:
+    """What reads common beginnings once, or None where this model runner and its attention are not known to allow it."""
+    try:
+        return SharedPrefix(runner) if can_share(runner) else None
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        # Another version of vLLM may look different inside; plain attention is right in any.
+        log.warning("what prompts begin with is read by each request: %r", error)
+        return None
+
+
 def can_share(runner: Any) -> bool:
     """Whether a model runner and its attention are of the kind that this was seen to work with."""
+    groups = [group for several in getattr(runner, "attn_groups", []) for group in several]
+    if not hasattr(runner, "prepare_inputs") or len(groups) != 1 or not getattr(runner, "cudagraph_manager", None):
+        return False
     import vllm.envs
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    groups = [group for several in getattr(runner, "attn_groups", []) for group in several]
-    if not hasattr(runner, "prepare_inputs") or len(groups) != 1 or not getattr(runner, "cudagraph_manager", None):
-        return False
     config, [group] = runner.vllm_config, groups
     builder = group.get_metadata_builder(0)
     layers = config.compilation_config.static_forward_context

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from character.engine.prefix import SharedPrefix, can_share
+from character.engine.prefix import SharedPrefix, shared_prefix
 from character.engine.steering import SteeredModel
 from repeng import ControlVector
 
@@ -22,8 +22,7 @@ class Worker(VLLMWorker):
 
     def initialize_from_config(self, *given: Any, **named: Any) -> None:
         super().initialize_from_config(*given, **named)
-        if not current_platform.is_cpu() and can_share(self.model_runner):
-            self.prefix = SharedPrefix(self.model_runner)
+        self.prefix = shared_prefix(self.model_runner)
 
     def execute_model(self, scheduled: Any) -> Any:
         if self.prefix is None:

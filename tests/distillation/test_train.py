@@ -491,9 +491,11 @@ def test_the_command_for_several_gpus_starts_several_processes(home: Path, stude
     named = train.__doc__.strip().splitlines()[-1].split()[1:]
     changed = {"gpu": "2", "humor": "sea", "llama-3.1-8b-it": student.source}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
-    done = start("torch.distributed.run", home, *[changed.get(word, word) for word in named], *flags)
+    command = ["torch.distributed.run", home, *[changed.get(word, word) for word in named], *flags]
+    done = start(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(" 2 steps, loss") == 1, "one of them prints and writes"
+    assert start(*command).stdout.count("complete") == 1
     assert read_json(train.path_of("sea", student.short) / training.META)["device"]["processes"] == 2
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from character.engine.prefix import WORTH_A_GRAPH, SharedPrefix, can_share, cascade
+from character.engine.prefix import WORTH_A_GRAPH, SharedPrefix, can_share, cascade, shared_prefix
 
 BLOCK = 16
 
@@ -108,6 +108,16 @@ def test_a_batch_stays_with_the_whole_models_graph_where_there_is_no_other() -> 
     shared.scheduled = SimpleNamespace(num_common_prefix_blocks=[60])
     enough = WORTH_A_GRAPH // (60 * BLOCK) + 1
     assert runner.cudagraph_manager.dispatch(enough, enough, 1, num_active_loras=0) == 1
+
+
+def test_what_looks_different_inside_keeps_plain_attention(
+    runner: Runner, caplog: pytest.LogCaptureFixture, require: Callable[[str], Any]
+) -> None:
+    require("vllm")
+    assert shared_prefix(SimpleNamespace(input_batch=None)) is None and not caplog.text
+    runner.prepare_inputs = None  # type: ignore[attr-defined]
+    assert shared_prefix(runner) is None
+    assert "read by each request: AttributeError" in caplog.text
 
 
 @pytest.fixture
