@@ -41,10 +41,9 @@ class SteeredModel:
         setattr(runner, name, self._numbering(getattr(runner, name)))
 
     def add(self, number: int, vector: ControlVector) -> None:
-        """Take in what requests of this number add, from 1 up to STEERINGS - 1."""
+        """Take in what requests of this number add; from 1 up to STEERINGS - 1, each number once."""
         import torch
 
-        self.shifts[:, number] = 0
         for layer, direction in vector.directions.items():
             self.shifts[layer, number] = torch.from_numpy(direction).to(self.shifts)
 

@@ -414,8 +414,8 @@ def gpu_settings(weights: int, memory: int, gpus: int, heads: int, source: str) 
 def steered_graphs(sequences: int) -> dict[str, Any]:
     """vLLM's compilation settings for steering: torch.compile would leave the hooks out, CUDA graphs have them in.
 
-    sequences: at once. Graphs are for batches that decode alone: one of flash attention 3 that was captured with one
-    token per request lets the tokens of a prompt see each other backwards and forwards.
+    sequences: at once. Graphs are for batches that decode alone: of batches with prompts in them, those of vLLM's second
+    model runner gave wrong answers with flash attention 3.
     """
     sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, sequences + 1, 64)]
     return {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}

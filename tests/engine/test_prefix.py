@@ -115,8 +115,7 @@ def test_what_looks_different_inside_keeps_plain_attention(
 ) -> None:
     require("vllm")
     assert shared_prefix(SimpleNamespace(input_batch=None)) is None and not caplog.text
-    runner.prepare_inputs = None  # type: ignore[attr-defined]
-    assert shared_prefix(runner) is None
+    assert shared_prefix(SimpleNamespace(**vars(runner), prepare_inputs=None)) is None
     assert "read by each request: AttributeError" in caplog.text
 
 

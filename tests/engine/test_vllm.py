@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,7 +245,7 @@ def test_graphs_for_steering_cover_full_batches() -> None:
 
 def test_each_token_gets_what_its_request_asks_for() -> None:
     network = Stack()
-    # As vLLM's second model runner, which has no CPU build.
+    # As vLLM's second model runner, which needs Triton.
     runner: Any = SimpleNamespace(
         device=torch.device("cpu"),
         max_num_tokens=16,
@@ -370,6 +370,17 @@ class FakeGPUs:
         return int(self.memory)
 
 
+def settings_on(gpus: FakeGPUs, engine: VLLMEngine, ranks: Sequence[int] = ()) -> dict[str, Any]:
+    """What an engine would start vLLM with on a machine that has these GPUs."""
+    import transformers
+    import vllm.platforms
+
+    config = transformers.AutoConfig.from_pretrained(engine.model.source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm.platforms, "current_platform", gpus, raising=False)
+        return engine._settings(Path(engine.model.source), config, list(ranks))
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("gpus", "expected", "concurrency"),
@@ -386,17 +397,11 @@ def test_settings_follow_the_gpus(
     chat_model: Callable[[str], Model],
     adapters: Any,
     small_cpu: None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import transformers
-    import vllm.platforms
+    import vllm
 
-    model = chat_model("template-bos")
-    config = transformers.AutoConfig.from_pretrained(model.source)
-    monkeypatch.setattr(vllm.platforms, "current_platform", gpus, raising=False)
-    engine = VLLMEngine(model, 7, [adapters.small, adapters.large])
-    settings = engine._settings(Path(model.source), config, [4, 16])
-    monkeypatch.undo()
+    engine = VLLMEngine(chat_model("template-bos"), 7, [adapters.small, adapters.large])
+    settings = settings_on(gpus, engine, [4, 16])
     assert settings.items() >= expected.items()
     assert settings["seed"] == 7
     assert (settings["max_lora_rank"], settings["enable_prefix_caching"], settings["trust_remote_code"]) == (
@@ -410,46 +415,40 @@ def test_settings_follow_the_gpus(
 
 
 @pytest.mark.vllm
-def test_steering_on_a_gpu_has_hooks_in_its_graphs(
-    chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-    import vllm.platforms
+def test_steering_on_a_gpu_has_hooks_in_its_graphs(chat_model: Callable[[str], Model], small_cpu: None) -> None:
+    import vllm
 
-    model = chat_model("template-bos")
-    config = transformers.AutoConfig.from_pretrained(model.source)
-    monkeypatch.setattr(vllm.platforms, "current_platform", FakeGPUs(1, 80e9), raising=False)
-    settings = VLLMEngine(model, 7, steered=True)._settings(Path(model.source), config, [])
-    monkeypatch.undo()
+    settings = settings_on(FakeGPUs(1, 80e9), VLLMEngine(chat_model("template-bos"), 7, steered=True))
     assert settings["worker_cls"] == "character.engine.worker.SteeredWorker"
     assert "enforce_eager" not in settings
     compiled = vllm.AsyncEngineArgs(**settings).compilation_config
     assert (compiled.mode.name, compiled.cudagraph_mode.name) == ("NONE", "FULL_DECODE_ONLY")
 
 
-def test_an_engine_steers_by_so_many_at_most() -> None:
-    engine = VLLMEngine(resolve("pocket"), 7, steered=True)
-    engine._steerings = {Steering(Path("x"), number): None for number in range(STEERINGS - 1)}  # type: ignore[misc]
+def test_an_engine_steers_by_so_many_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def learn(number: int, steering: Steering) -> int:
+        return number
+
+    async def ask(count: int) -> list[int]:
+        engine = VLLMEngine(resolve("pocket"), 7, steered=True)
+        monkeypatch.setattr(engine, "_learn", learn)
+        return [await engine._steering(Steering(Path("x"), strength)) for strength in range(count)]
+
+    assert asyncio.run(ask(STEERINGS - 1)) == list(range(1, STEERINGS))
     with pytest.raises(UserError, match=r"at most 511 control vectors and strengths; name fewer constitutions"):
-        asyncio.run(engine._steering(Steering(Path("y"), 1.0)))
+        asyncio.run(ask(STEERINGS))
 
 
 @pytest.mark.vllm
-def test_eight_bits_take_half_the_memory(
-    chat_model: Callable[[str], Model], small_cpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-    import vllm.platforms
+def test_eight_bits_take_half_the_memory(chat_model: Callable[[str], Model], small_cpu: None) -> None:
+    import vllm
 
     model = chat_model("template-bos")
-    config = transformers.AutoConfig.from_pretrained(model.source)
-    weights = sum(file.stat().st_size for file in Path(model.source).glob("*.safetensors"))
-    monkeypatch.setattr(vllm.platforms, "current_platform", FakeGPUs(1, weights), raising=False)
+    gpu = FakeGPUs(1, sum(file.stat().st_size for file in Path(model.source).glob("*.safetensors")))
     with pytest.raises(UserError, match="for its weights alone"):
-        VLLMEngine(model, 7)._settings(Path(model.source), config, [])
+        settings_on(gpu, VLLMEngine(model, 7))
     asked = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
-    settings = VLLMEngine(model, 7, precision=asked)._settings(Path(model.source), config, [])
-    monkeypatch.undo()
+    settings = settings_on(gpu, VLLMEngine(model, 7, precision=asked))
     assert settings.items() >= asked.items()
     vllm.AsyncEngineArgs(**settings)
 
