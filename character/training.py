@@ -5,10 +5,12 @@ import functools
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -92,6 +94,9 @@ def trainer_arguments(args: TrainArgs, at_once: AtOnce, folder: Path, rows_in: i
         if os.environ.get("WANDB_TOKEN"):
             os.environ.setdefault("WANDB_API_KEY", os.environ["WANDB_TOKEN"])
     cuda = torch.cuda.is_available()
+    fused = cuda and fused_kernels()
+    if fused:
+        _silence_liger()
     steps = max(1, math.ceil(rows_in * args.epochs / args.batch_size))
     return {
         "output_dir": str(folder),
@@ -113,7 +118,7 @@ def trainer_arguments(args: TrainArgs, at_once: AtOnce, folder: Path, rows_in: i
         "dataloader_pin_memory": cuda,
         # Every LoRA weight is used in every pass.
         "ddp_find_unused_parameters": False,
-        "use_liger_kernel": cuda and fused_kernels(),
+        "use_liger_kernel": fused,
         "seed": args.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -231,6 +236,20 @@ def fitting(
 def fused_kernels() -> bool:
     """Whether liger-kernel is there."""
     return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _silence_liger() -> None:
+    """Keep from the user that liger-kernel lacks other machines' libraries, and what TRL's next major version drops."""
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated", category=FutureWarning)
+
+
+def leave() -> None:
+    """End this process's part in a training of several processes, once all is trained."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class ByLength:

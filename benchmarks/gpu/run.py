@@ -29,7 +29,7 @@ from character.utils import UserError, git_commit, read_json, versions, write_js
 
 HERE = Path(__file__).parent
 # After this a side is ended; it may have told figures by then.
-PATIENCE = 3
+PATIENCE = 10
 # Lines of vLLM's log that are kept.
 TELLING = re.compile(
     r"KV cache size|Maximum concurrency|torch.compile t|Graph capturing|model runner|FlashAttention ver|"

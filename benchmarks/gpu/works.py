@@ -426,7 +426,7 @@ def teacher_tp(context: Context) -> None:
 
 # Two copies talk.
 
-CONVERSATIONS, TURNS = 192, 4
+CONVERSATIONS, TURNS = 384, 6
 
 
 def talk_lengths(context: Context) -> list[list[int]]:
@@ -496,10 +496,9 @@ def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> N
     ours(context, work, adapter, extra=extra)
 
 
-def interaction_graphs(context: Context) -> None:
-    """An experiment: CUDA graphs for larger batches than vLLM's own, which end at 512 tokens."""
-    sizes = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(320, 2049, 128)]
-    interaction_ours(context, {"compilation_config": {"cudagraph_capture_sizes": sizes}})
+def interaction_few_graphs(context: Context) -> None:
+    """An experiment: vLLM's own CUDA graphs, which end at 512 tokens."""
+    interaction_ours(context, {"compilation_config": {}})
 
 
 def interaction_unshared(context: Context) -> None:
@@ -1011,6 +1010,26 @@ def told_answers(context: Context, side: str) -> dict[str, list[str]]:
     return found
 
 
+def parting(network: Any, ids: list[int], rests: list[str], pieces: dict[int, str], end: int) -> float:
+    """How far apart the logits of the two tokens are in which two greedy texts part.
+
+    ids: what stands before. rests: how the texts go on, each till its `end`. pieces: token → its text. A text need not
+    become the same tokens again that it was written in, so each is taken to be written in the likeliest ones.
+    """
+    import torch
+
+    while True:
+        logits = network(torch.tensor([ids])).logits[0, -1].float()
+        first, second = (
+            max((each for each, piece in pieces.items() if rest.startswith(piece)), key=logits.__getitem__, default=end)
+            for rest in rests
+        )
+        if first != second:
+            return abs(float(logits[first] - logits[second]))
+        ids = [*ids, first]
+        rests = [rest.removeprefix(pieces[first]) for rest in rests]
+
+
 def truth_judged(context: Context) -> None:
     """How often vLLM and transformers agree, and an experiment and vLLM; how near two tokens were where they part."""
     import peft
@@ -1032,6 +1051,8 @@ def truth_judged(context: Context) -> None:
     network = peft.PeftModel.from_pretrained(network.float(), str(adapter)).eval()
     chat = load_chat(model)
     vector = ControlVector.load(path)
+    words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
+    pieces, end = {word: tokenizer.decode([word]) for word in words}, tokenizer.eos_token_id
     for label, way, first, second in (
         (label, way, ones[way], others[way]) for label, ones, others in compared for way in ones if way in others
     ):
@@ -1047,13 +1068,11 @@ def truth_judged(context: Context) -> None:
             if one == other:
                 equal += 1
                 continue
-            prompt = torch.tensor([chat.encode(messages).ids + ids[0][:common]])
+            rests = [tokenizer.decode(each[common:]) for each in ids]
             with torch.inference_mode(), contextlib.ExitStack() as stack:
                 if "adapter" not in way:
                     stack.enter_context(network.disable_adapter())
-                logits = network(prompt).logits[0, -1].float()
-            chosen = [each[common] if common < len(each) else tokenizer.eos_token_id for each in ids]
-            gaps.append(abs(float(logits[chosen[0]] - logits[chosen[1]])))
+                gaps.append(parting(network, chat.encode(messages).ids + ids[0][:common], rests, pieces, end))
         steered.unwrap()
         figures = {
             "answers": len(conversations),
@@ -1092,7 +1111,7 @@ EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
         "dp": teacher_dp,
         "tp": teacher_tp,
     },
-    "interaction": {"graphs": interaction_graphs, "unshared": interaction_unshared},
+    "interaction": {"few_graphs": interaction_few_graphs, "unshared": interaction_unshared},
     "steering": {"eager": steering_eager},
     "truth": {
         "fp8": truth_fp8,

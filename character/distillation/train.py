@@ -168,6 +168,7 @@ def main(args: Args) -> None:
     model = resolve(args.model, args.name)
     for name in constitution.selected(args.constitution):
         train_one(args, name, model)
+    training.leave()
 
 
 def train_one(args: Args, name: str, model: Model) -> None:

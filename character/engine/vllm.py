@@ -176,6 +176,8 @@ class VLLMEngine(Engine):
                 "max_loras": slots,
                 "max_cpu_loras": max(len(self.adapters), slots),
             }
+            if not current_platform.is_cpu():
+                settings["compilation_config"] = adapters_graphs(sequences)
         if self.steered:
             settings["worker_cls"] = "character.engine.worker.SteeredWorker"
             if not current_platform.is_cpu():
@@ -417,8 +419,21 @@ def steered_graphs(sequences: int) -> dict[str, Any]:
     sequences: at once. Graphs are for batches that decode alone: of batches with prompts in them, those of vLLM's second
     model runner gave wrong answers with flash attention 3.
     """
-    sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, sequences + 1, 64)]
-    return {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    return {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(sequences)}
+
+
+def adapters_graphs(sequences: int) -> dict[str, Any]:
+    """vLLM's compilation settings for adapters: graphs for batches that prompts join too.
+
+    sequences: at once. vLLM's own end at 512 tokens, past which an adapter's many small kernels are launched one by one.
+    """
+    return {"cudagraph_capture_sizes": graph_sizes(2 * sequences)}
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batches, in tokens, of which a CUDA graph is kept; a batch between two of them is filled up."""
+    steps = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, 1024, 64)]
+    return [size for size in (*steps, *range(1024, most + 1, 128)) if size <= most]
 
 
 def layout(weights: int, memory: int, gpus: int, heads: int, source: str) -> tuple[int, int]:

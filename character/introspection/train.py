@@ -106,6 +106,7 @@ def main(args: Args) -> None:
     model = resolve(args.model, args.name)
     for persona in dpo.distilled(args.constitution, model):
         train_one(args, persona, model)
+    training.leave()
 
 
 def train_one(args: Args, persona: dpo.Distilled, model: Model) -> None:

@@ -27,6 +27,7 @@ from character.engine.vllm import (
     _output_to,
     _rank,
     _short,
+    graph_sizes,
     layout,
     steered_graphs,
     weights_folder,
@@ -239,8 +240,14 @@ def test_graphs_for_steering_cover_full_batches() -> None:
     settings = steered_graphs(1024)
     assert settings["mode"] == "NONE", "torch.compile leaves hooks out"
     assert settings["cudagraph_mode"] == "FULL_DECODE_ONLY"
-    assert settings["cudagraph_capture_sizes"][-1] == 1024
-    assert max(b - a for a, b in itertools.pairwise(settings["cudagraph_capture_sizes"])) <= 64
+    assert settings["cudagraph_capture_sizes"] == graph_sizes(1024)
+
+
+@pytest.mark.parametrize("most", [256, 512, 1024, 2048])
+def test_graphs_are_of_sizes_that_fill_little_up(most: int) -> None:
+    sizes = graph_sizes(most)
+    assert (sizes[0], sizes[-1]) == (1, most)
+    assert all(after <= 2 * before and after - before <= 128 for before, after in itertools.pairwise(sizes))
 
 
 def test_each_token_gets_what_its_request_asks_for() -> None:
@@ -411,7 +418,8 @@ def test_settings_follow_the_gpus(
     )
     assert engine.concurrency == concurrency
     assert settings["worker_cls"] == "character.engine.worker.Worker"
-    vllm.AsyncEngineArgs(**settings)
+    compiled = vllm.AsyncEngineArgs(**settings).compilation_config
+    assert compiled.cudagraph_capture_sizes == graph_sizes(2 * expected["max_num_seqs"])
 
 
 @pytest.mark.vllm
