@@ -143,9 +143,14 @@ def precision_of(args: cli.EngineArgs) -> dict[str, str]:
 
 
 def generate(
-    jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path] = (), steered: bool = False
+    jobs: Sequence[Job],
+    args: Any,
+    model: Model,
+    adapters: Sequence[Path] = (),
+    steered: bool = False,
+    folded: bool = False,
 ) -> None:
-    """Finish every job with one engine; with `--dry-run`, say what would be done. steered: as for `open_engine`.
+    """Finish every job with one engine; with `--dry-run`, say what would be done. steered, folded: as for `open_engine`.
 
     Raises UserError.
     """
@@ -158,7 +163,8 @@ def generate(
             print(f"{job.rows.describe()}; complete")
     if todo:
         with keeping_engine() as kept:
-            kept.loop.run(_generate(kept, todo, args, model, adapters, steered))
+            uses = {"steered": steered, "folded": folded and choose(args.engine, args.base_url) == "vllm"}
+            kept.loop.run(_generate(kept, todo, args, model, adapters, uses))
 
 
 def _foresee(jobs: Sequence[Job], rate: float | None) -> None:
@@ -208,7 +214,7 @@ def duration(tokens: float, rate: float | None) -> str:
 
 
 async def _generate(
-    kept: Kept, jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path], steered: bool
+    kept: Kept, jobs: Sequence[Job], args: Any, model: Model, adapters: Sequence[Path], uses: dict[str, bool]
 ) -> None:
     options = {
         "engine": args.engine,
@@ -216,8 +222,8 @@ async def _generate(
         "api_key_variable": args.api_key_variable,
         "concurrency": args.concurrency,
         "seed": args.seed,
-        "steered": steered,
         "precision": precision_of(args),
+        **uses,
     }
     engine = await kept.open(model, adapters, options)
     at_once = min(rows_at_once(engine, job.replies, job.max_tokens) for job in jobs)

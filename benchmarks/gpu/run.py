@@ -90,9 +90,7 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=variables
         )
         try:
-            code: int | str = process.wait(timeout=150 + PATIENCE * args.seconds)
-        except subprocess.TimeoutExpired:
-            code = "cut off"
+            code, busy = watched(process, 150 + PATIENCE * args.seconds, told, gpus_for(f"{work}.{side}"))
         finally:
             # Its engine's processes too.
             with contextlib.suppress(ProcessLookupError):
@@ -100,12 +98,39 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
             process.wait()
     found = read_json(told) if told.exists() else {}
     found["whole_seconds"] = round(time.perf_counter() - begun, 1)
+    if busy:
+        found["gpu_busy"] = round(sum(busy) / len(busy))
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     found["vllm"] = [line[-160:] for line in lines if TELLING.search(line)]
     if code:
         found["ended"] = code
         found["log"] = [*[line for line in lines[:-30] if "Error" in line][:10], *lines[-30:]]
     return found
+
+
+def watched(
+    process: subprocess.Popen[bytes], seconds: float, told: Path, gpus: list[str]
+) -> tuple[int | str, list[float]]:
+    """(how a side's process ended, in which share of each second after its start its GPUs ran anything, in percent)."""
+    busy: list[float] = []
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        try:
+            return process.wait(timeout=1), busy
+        except subprocess.TimeoutExpired:
+            if told.exists() and "start_seconds" in read_json(told):
+                busy += utilization(gpus)
+    return "cut off", busy
+
+
+def utilization(gpus: list[str]) -> list[float]:
+    """What nvidia-smi says of these GPUs' use, their mean in percent; empty without it."""
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", ",".join(gpus)]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [sum(map(float, lines)) / len(lines)]
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -117,7 +142,17 @@ def summary(results: dict[str, Any]) -> list[str]:
                 continue
             shown = {
                 key: figures[key]
-                for key in ("rate", "steady_rate", "tokens", "seconds", "start_seconds", "tflops", "padding", "ended")
+                for key in (
+                    "rate",
+                    "steady_rate",
+                    "tokens",
+                    "seconds",
+                    "start_seconds",
+                    "gpu_busy",
+                    "tflops",
+                    "padding",
+                    "ended",
+                )
                 if figures.get(key) is not None
             }
             lines.append(f"{work}.{side}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))

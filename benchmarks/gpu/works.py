@@ -6,17 +6,19 @@ A side runs in a process of its own. It tells its figures as they come, so that 
 import asyncio
 import contextlib
 import functools
+import gzip
 import itertools
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -244,8 +246,8 @@ def rate_of(tokens: int, seconds: float, requests: int) -> dict[str, float]:
 class Measured(VLLMEngine):
     """The project's engine. extra: settings that an experiment adds to its own."""
 
-    def __init__(self, *given: Any, extra: dict[str, Any]):
-        super().__init__(*given)
+    def __init__(self, *given: Any, extra: dict[str, Any], **named: Any):
+        super().__init__(*given, **named)
         self.extra = extra
 
     def _settings(self, folder: Path, config: Any, ranks: list[int]) -> dict[str, Any]:
@@ -259,20 +261,56 @@ def ours(
     adapter: Path | None = None,
     steered: bool = False,
     extra: dict[str, Any] | None = None,
+    folded: bool = False,
+    profile: bool = False,
 ) -> None:
-    """Run `work` on the project's engine, and tell how it was started."""
+    """Run `work` on the project's engine, and tell how it was started. profile: and which kernels took the time."""
+    traces = context.folder / "traces"
 
     async def run() -> None:
-        engine = Measured(context.model, SEED, [adapter] if adapter else [], steered, extra=extra or {})
+        adapters = [adapter] if adapter else []
+        changed = (extra or {}) | (tracing(traces) if profile else {})
+        engine = Measured(context.model, SEED, adapters, steered, folded=folded, extra=changed)
         begun = time.perf_counter()
         async with engine:
             context.tell(start_seconds=round(time.perf_counter() - begun, 1))
             kept = {name: value for name, value in engine.used.items() if name not in ("model", "seed")}
             context.tell(settings=kept, concurrency=engine.concurrency, context=engine.chat.context)
             await asyncio.gather(*(engine.reply(conversation("w1 w2", "w3"), limited(8), adapter) for _ in range(8)))
-            await work(engine)
+            if profile:
+                await traced(context, engine, work(engine), traces)
+            else:
+                await work(engine)
 
     asyncio.run(run())
+
+
+def tracing(folder: Path) -> dict[str, Any]:
+    """vLLM's setting by which a worker can trace its kernels, into a folder of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    plain = {"torch_profiler_with_stack": False, "torch_profiler_dump_cuda_time_total": False, "ignore_frontend": True}
+    return {"profiler_config": {"profiler": "torch", "torch_profiler_dir": str(folder), **plain}}
+
+
+async def traced(context: Context, engine: VLLMEngine, work: Coroutine[Any, Any, None], folder: Path) -> None:
+    """Trace the kernels of two seconds in the midst of the work, and end it then."""
+    task = asyncio.create_task(work)
+    await asyncio.sleep(1 if context.tiny else context.seconds / 2)
+    await engine._llm.start_profile()
+    await asyncio.sleep(2)
+    await engine._llm.stop_profile()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    [path] = folder.glob("*.json.gz")
+    with gzip.open(path) as file:
+        events = [event for event in json.load(file)["traceEvents"] if "dur" in event]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    found: dict[str, list[float]] = {}
+    for event in kernels or [event for event in events if event.get("cat") == "cpu_op"]:
+        found.setdefault(event["name"], []).append(event["dur"] / 1e6)
+    begun = min(event["ts"] for event in events)
+    context.tell(step_seconds=round((max(event["ts"] + event["dur"] for event in events) - begun) / 1e6, 3))
+    tell_kernels(context, [(name, len(each), sum(each)) for name, each in found.items()])
 
 
 def limited(length: int) -> Sampling:
@@ -307,7 +345,7 @@ async def flow(engine: VLLMEngine, requests: list[Asked], tell: Callable[[int, f
     await asyncio.gather(*map(answer, requests))
 
 
-def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
+def teacher_ours(context: Context, extra: dict[str, Any] | None = None, profile: bool = False) -> None:
     """The requests through the step's own machinery: rows in flight, an engine, a file."""
     messages, lengths = teacher_requests(context, TEACHER_REQUESTS)
     inputs = [{"prompt": message, "length": length} for message, length in zip(messages, lengths, strict=True)]
@@ -334,7 +372,7 @@ def teacher_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
         if steady := steady_rate(marks, engine.concurrency):
             context.tell(steady_rate=steady)
 
-    ours(context, work, extra=extra)
+    ours(context, work, extra=extra, profile=profile)
 
 
 def steady_rate(marks: list[tuple[float, int]], at_once: int) -> float | None:
@@ -397,6 +435,11 @@ def teacher_parts(context: Context) -> None:
 
 # vLLM's own worker, which has every request read the system prompt's keys and values by itself.
 UNSHARED = {"worker_cls": "auto"}
+
+
+def teacher_profile(context: Context) -> None:
+    """An experiment: which kernels take the time."""
+    teacher_ours(context, profile=True)
 
 
 def teacher_unshared(context: Context) -> None:
@@ -466,7 +509,9 @@ def seen(context: Context, turns: list[str]) -> list[dict[str, str]]:
     return [{"role": "system", "content": context.system + opened}, *messages]
 
 
-def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> None:
+def interaction_ours(
+    context: Context, extra: dict[str, Any] | None = None, folded: bool = True, profile: bool = False
+) -> None:
     """Each conversation goes on at its own pace, no more at once than the memory keeps prefixes of."""
     lengths = talk_lengths(context)
     adapter = shape.save_adapter(context.folder / "adapter", context.folder / "model")
@@ -493,12 +538,27 @@ def interaction_ours(context: Context, extra: dict[str, Any] | None = None) -> N
         await asyncio.gather(*map(talk, lengths))
         tell_rate(context, tokens, time.perf_counter() - begun, done)
 
-    ours(context, work, adapter, extra=extra)
+    ours(context, work, adapter, extra=extra, folded=folded, profile=profile)
+
+
+def interaction_profile(context: Context) -> None:
+    """An experiment: which kernels take the time."""
+    interaction_ours(context, profile=True)
+
+
+def interaction_apart_profile(context: Context) -> None:
+    """An experiment: which kernels take the time with the adapter beside the weights."""
+    interaction_ours(context, folded=False, profile=True)
+
+
+def interaction_apart(context: Context) -> None:
+    """An experiment: with the adapter beside the weights, as where several personas share an engine."""
+    interaction_ours(context, folded=False)
 
 
 def interaction_few_graphs(context: Context) -> None:
-    """An experiment: vLLM's own CUDA graphs, which end at 512 tokens."""
-    interaction_ours(context, {"compilation_config": {}})
+    """An experiment: the same with vLLM's own CUDA graphs, which end at 512 tokens."""
+    interaction_ours(context, {"compilation_config": {}}, folded=False)
 
 
 def interaction_unshared(context: Context) -> None:
@@ -752,11 +812,13 @@ def spread(count: int) -> None:
 
 # Kernels by what they do: the first that a name fits.
 KINDS = {
+    "adapters beside the weights": r"_lora_",
+    "sampling": r"top_?k|top_?p|penalt|gumbel|sampl|multinomial|bincount",
     "attention": r"flash|fmha|attention|softmax",
     "matrix products": r"gemm|nvjet|cutlass|xmma|matmul|mkldnn|aten::(add)?mm",
     "optimizer and norm": r"multi_tensor|adam|norm_kernel|lpnorm",
     "logits": r"^_(forward|backward)_kernel",
-    "liger": r"^_",
+    "other Triton kernels": r"^_",
     "communication": r"nccl",
     "copies": r"mem(cpy|set)",
 }
@@ -790,27 +852,27 @@ def profiled(context: Context, trainer: Any, *_: Any) -> None:
     trainer.add_callback(Watch())
     trainer.train()
     name = "self_device_time_total" if has_gpu() else "self_cpu_time_total"
-    kernels = sorted(watched.key_averages(), key=lambda kernel: -getattr(kernel, name))
-    whole = sum(getattr(kernel, name) for kernel in kernels)
+    context.tell(step_seconds=round(seconds, 3), device=training.device_of(trainer))
+    tell_kernels(
+        context, [(kernel.key, kernel.count, getattr(kernel, name) / 1e6) for kernel in watched.key_averages()]
+    )
+
+
+def tell_kernels(context: Context, kernels: list[tuple[str, int, float]]) -> None:
+    """Tell what took the time. kernels: (name, times it ran, seconds in all)."""
+    kernels = sorted(kernels, key=lambda kernel: -kernel[2])
+    whole = sum(seconds for _, _, seconds in kernels)
     kinds: dict[str, float] = {}
-    for kernel in kernels:
-        fits = (what for what, pattern in KINDS.items() if re.search(pattern, kernel.key, re.IGNORECASE))
+    for name, _, seconds in kernels:
+        fits = (what for what, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
         what = next(fits, "elementwise and other")
-        kinds[what] = kinds.get(what, 0) + getattr(kernel, name) / 1e6
+        kinds[what] = kinds.get(what, 0) + seconds
     context.tell(
-        step_seconds=round(seconds, 3),
-        kernel_seconds=round(whole / 1e6, 3),
+        kernel_seconds=round(whole, 3),
         kinds={what: round(taken, 4) for what, taken in sorted(kinds.items(), key=lambda pair: -pair[1])},
         kernels=[
-            [
-                kernel.key[:100],
-                kernel.count,
-                round(getattr(kernel, name) / 1e6, 4),
-                round(getattr(kernel, name) / whole, 3),
-            ]
-            for kernel in kernels[:25]
+            [name[:100], times, round(seconds, 4), round(seconds / whole, 3)] for name, times, seconds in kernels[:25]
         ],
-        device=training.device_of(trainer),
     )
 
 
@@ -1105,13 +1167,20 @@ WORKS: dict[str, dict[str, Callable[[Context], None]]] = {
 EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
     "teacher": {
         "parts": teacher_parts,
+        "profile": teacher_profile,
         "unshared": teacher_unshared,
         "fp8": teacher_fp8,
         "fp8_cache": teacher_fp8_cache,
         "dp": teacher_dp,
         "tp": teacher_tp,
     },
-    "interaction": {"few_graphs": interaction_few_graphs, "unshared": interaction_unshared},
+    "interaction": {
+        "apart": interaction_apart,
+        "profile": interaction_profile,
+        "apart_profile": interaction_apart_profile,
+        "few_graphs": interaction_few_graphs,
+        "unshared": interaction_unshared,
+    },
     "steering": {"eager": steering_eager},
     "truth": {
         "fp8": truth_fp8,

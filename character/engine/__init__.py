@@ -54,12 +54,14 @@ def open_engine(
     adapters: Sequence[Path] = (),
     steered: bool = False,
     precision: Mapping[str, str] | None = None,
+    folded: bool = False,
 ) -> Engine:
     """The engine for `model`, to be entered with `async with`. adapters: the LoRA folders that replies will name.
 
     steered: whether replies may ask for steering, which costs vLLM its compiler.
     concurrency: requests under way at once at an endpoint.
     precision: vLLM's arguments for weights, and for keys and values, in 8 bits; the others leave it out.
+    folded: whether every reply will name the one adapter; vLLM is faster then, the others do as ever.
     Raises UserError where the engine cannot be had; entering raises it where the model cannot be loaded.
     """
     chosen = choose(engine, base_url, steered)
@@ -71,7 +73,7 @@ def open_engine(
     if chosen == "vllm":
         from character.engine.vllm import VLLMEngine
 
-        return VLLMEngine(model, seed, adapters, steered, precision)
+        return VLLMEngine(model, seed, adapters, steered, precision, folded)
     from character.engine.transformers import TransformersEngine
 
     return TransformersEngine(model, seed, adapters)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
+from character.engine.folding import FOLDED, foldable
 from character.engine.steering import MARK, STEERINGS
 from character.models import Model
 from character.rows import RowError
@@ -57,6 +58,7 @@ class VLLMEngine(Engine):
     """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start.
 
     steered: whether replies may ask for steering. precision: vLLM's arguments for weights, keys and values in 8 bits.
+    folded: whether every reply names the one adapter, which then becomes part of the weights where their names allow it.
     """
 
     concurrency = 64
@@ -68,9 +70,11 @@ class VLLMEngine(Engine):
         adapters: Sequence[Path] = (),
         steered: bool = False,
         precision: Mapping[str, str] | None = None,
+        folded: bool = False,
     ):
         super().__init__(model)
         self.precision = dict(precision or {})
+        self.folded = folded
         self.seed = seed
         self.adapters = list(dict.fromkeys(adapters))
         self.steered = steered
@@ -96,6 +100,7 @@ class VLLMEngine(Engine):
         chat = Chat(tokenizer, self.model, 0)
         self._shape = config.hidden_size, config.num_hidden_layers
         ranks = [_rank(adapter, config, self.model) for adapter in self.adapters]
+        self.folded = self.folded and len(ranks) == 1 and foldable(folder, self.adapters[0])
         await asyncio.sleep(0)  # a Ctrl-C so far takes effect here, not after the launch
         await self._launch(folder, config, ranks)
         chat.context = self._context(config)
@@ -103,6 +108,9 @@ class VLLMEngine(Engine):
         self.chat = chat
         if folder.parent.name == "snapshots":
             self.info.revision = folder.name
+        if self.folded:
+            self.info.notes.append(f"adapter {self.adapters[0]} folded into the weights")
+            return
         for adapter in self.adapters:
             await self._load(adapter)
 
@@ -143,12 +151,13 @@ class VLLMEngine(Engine):
             **self.precision,
         }
         replicas, sequences = 1, 64
+        adapters = [] if self.folded else self.adapters
         if current_platform.is_cpu():
             _set_defaults(CPU_DEFAULTS)
             # A request without an adapter gets the last slot's on the CPU, so that one has to stay empty. And each
             # token of a batch gets its own copy of its adapter.
-            slots = len(self.adapters) + 1
-            batched = 512 if self.adapters else 2048
+            slots = len(adapters) + 1
+            batched = 512 if adapters else 2048
             settings |= {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": batched}
         else:
             gpus = 0 if current_platform.is_unspecified() else current_platform.device_count()
@@ -166,15 +175,21 @@ class VLLMEngine(Engine):
             settings |= chosen
             if current_platform.is_cuda():
                 settings["worker_cls"] = "character.engine.worker.Worker"
-            largest = max((_size(adapter) for adapter in self.adapters), default=1)
+            largest = max((_size(adapter) for adapter in adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
-            slots = min(len(self.adapters), fitting, MAX_ADAPTERS_IN_BATCH)
-        if self.adapters:
+            slots = min(len(adapters), fitting, MAX_ADAPTERS_IN_BATCH)
+        if self.folded:
+            settings |= {
+                "worker_cls": "character.engine.worker.Worker",
+                "load_format": FOLDED,
+                "model_loader_extra_config": {"adapter": str(self.adapters[0])},
+            }
+        if adapters:
             settings |= {
                 "enable_lora": True,
                 "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
                 "max_loras": slots,
-                "max_cpu_loras": max(len(self.adapters), slots),
+                "max_cpu_loras": max(len(adapters), slots),
             }
             if not current_platform.is_cpu():
                 settings["compilation_config"] = adapters_graphs(sequences)
@@ -258,7 +273,9 @@ class VLLMEngine(Engine):
 
         if steering is not None and not self.steered:
             raise UserError("the engine was not opened for steering; open it with steered=True")
-        if adapter is not None and adapter not in self._loras:
+        if self.folded and [adapter] != self.adapters:
+            raise UserError(f"the engine answers with {self.adapters[0]} alone; open it with folded=False")
+        if not self.folded and adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
         choices = list(self.choices(sampling))
@@ -280,7 +297,7 @@ class VLLMEngine(Engine):
                 name += mark
                 # What the prefix cache holds was computed with one steering, and is reused with this one alone.
                 inputs["cache_salt"] = mark
-            lora = self._loras[adapter] if adapter is not None else None
+            lora = self._loras.get(adapter) if adapter is not None else None
             answering = self._llm.generate(
                 inputs, parameters, name, lora_request=lora, data_parallel_rank=self._replica(messages)
             )

@@ -1,10 +1,15 @@
 """vLLM's worker with what this project adds to it; imported in vLLM's own processes alone."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm.config import LoadConfig
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 from vllm.platforms import current_platform
 
+from character.engine.folding import FOLDED, folded
 from character.engine.prefix import SharedPrefix, shared_prefix
 from character.engine.steering import SteeredModel
 from repeng import ControlVector
@@ -13,6 +18,19 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VLLMWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as VLLMWorker
+
+
+@register_model_loader(FOLDED)
+class FoldingLoader(DefaultModelLoader):
+    """Folds an adapter into the weights. Each process does so with whole tensors, before vLLM splits or packs them."""
+
+    def __init__(self, config: LoadConfig):
+        self.adapter = Path(config.model_loader_extra_config["adapter"])
+        super().__init__(dataclasses.replace(config, load_format="safetensors", model_loader_extra_config={}))
+
+    def get_all_weights(self, *given: Any, **named: Any) -> Iterator[tuple[str, Any]]:
+        weights = super().get_all_weights(*given, **named)
+        return folded(weights, self.adapter, current_platform.device_type)
 
 
 class Worker(VLLMWorker):

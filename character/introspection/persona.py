@@ -49,4 +49,5 @@ def generate(args: A, job: Callable[[A, Persona, Model], steps.Job]) -> None:
     else:
         found = [Persona(traits, None) for traits in constitution.load_selected(args.constitution)]
     adapters = [persona.adapter for persona in found if persona.adapter]
-    steps.generate([job(args, persona, model) for persona in found], args, model, adapters)
+    jobs = [job(args, persona, model) for persona in found]
+    steps.generate(jobs, args, model, adapters, folded=len(adapters) == len(found) == 1)

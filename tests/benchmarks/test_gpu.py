@@ -1,12 +1,16 @@
 """The GPU benchmark's own parts: the model it makes, what it is asked for, its ratios, and the page written from them."""
 
+import asyncio
+import gzip
 import heapq
 import importlib.util
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,3 +155,75 @@ def test_a_steady_rate_needs_a_time_in_which_the_batch_is_full(
         heapq.heappush(busy, ((marks[-1][0] if marks else 0) + length, length))
     marks += sorted(busy)
     assert works.steady_rate(marks, at_once) == (pytest.approx(at_once, rel=0.05) if told else None)
+
+
+def test_texts_part_in_the_tokens_they_were_written_in(script: Any) -> None:
+    """Of " side" and " send" after "I'd", written as " s", "ide" and " s", "end": a tokenizer has " side" as one."""
+    import torch
+
+    script("shape")
+    pieces = {0: " side", 1: " s", 2: "ide", 3: "end", 4: "!"}
+    logits = {(): [-17.0, -7.0, 0.0, 0.0, 0.0, 0.0], (1,): [0.0, 0.0, -3.0, -2.5, 0.0, -9.0]}
+
+    def network(ids: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.tensor([[logits[tuple(ids[0].tolist())]]]))
+
+    parting = script("works").parting
+    assert parting(network, [], [" side", " send!"], pieces, 5) == pytest.approx(0.5)
+    assert parting(network, [1], ["", "end"], pieces, 5) == pytest.approx(6.5), "one that ends there"
+
+
+def test_what_the_gpus_do_while_a_side_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script("shape")
+    script("works")
+    run = script("run")
+    told = tmp_path / "told.json"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def watched(seconds: float, *command: str) -> tuple[int | str, list[float]]:
+        with subprocess.Popen(command) as process:
+            found: tuple[int | str, list[float]] = run.watched(process, seconds, told, ["2", "3"])
+            process.kill()
+        return found
+
+    assert watched(10, "sleep", "1.5") == (0, []), "nothing before the start is over"
+    told.write_text('{"start_seconds": 1}')
+    assert watched(10, "sh", "-c", "sleep 1.5; exit 3") == (3, []), "no nvidia-smi"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ntest "$4" = 2,3 && printf "40\\n80\\n"\n')
+    tool.chmod(0o755)
+    for seconds, length, ended in ((10, "2.5", 0), (2.5, "60", "cut off")):
+        code, busy = watched(seconds, "sleep", length)
+        assert code == ended and set(busy) == {60}
+
+
+def test_a_trace_is_told_by_kinds_of_kernels(script: Any, tmp_path: Path) -> None:
+    script("shape")
+    works = script("works")
+    folder = tmp_path / "traces"
+
+    class Traced:
+        async def start_profile(self) -> None:
+            assert works.tracing(folder)["profiler_config"]["torch_profiler_dir"] == str(folder)
+
+        async def stop_profile(self) -> None:
+            kernels = [("_lora_shrink_kernel", 0, 100_000), ("nvjet_tst_128x256", 200_000, 300_000), ("x", 0, 0)]
+            events = [{"cat": "kernel", "name": name, "ts": at, "dur": took} for name, at, took in kernels]
+            events += [{"cat": "cpu_op", "name": "launch", "ts": -500_000, "dur": 1}, {"cat": "kernel", "name": "open"}]
+            folder.mkdir()
+            with gzip.open(folder / "rank0.pt.trace.json.gz", "wt") as file:
+                json.dump({"traceEvents": events}, file)
+
+    async def run() -> None:
+        work = asyncio.sleep(60)
+        await works.traced(context, SimpleNamespace(_llm=Traced()), work, folder)
+
+    context = works.Context(tmp_path, tmp_path / "told.json", 1.0, 0.1, True)
+    asyncio.run(run())
+    assert context.told["step_seconds"] == 1.0 and context.told["kernel_seconds"] == 0.4
+    assert context.told["kinds"] == {
+        "matrix products": 0.3,
+        "adapters beside the weights": 0.1,
+        "elementwise and other": 0.0,
+    }
+    assert context.told["kernels"][0] == ["nvjet_tst_128x256", 1, 0.3, 0.75]

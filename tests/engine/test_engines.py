@@ -352,6 +352,32 @@ def test_greedy_replies_are_those_of_the_plain_network(ask: Ask, reference: Refe
         assert same(reply, reference.greedy(user(question)))
 
 
+@pytest.mark.vllm
+def test_an_adapter_folded_into_the_weights(
+    chat_model: Callable[[str], Model],
+    loras: dict[Path, str],
+    reference: Reference,
+    require: Callable[[str], Any],
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require("vllm")
+    for variable, value in SMALL_CPU.items():
+        monkeypatch.setenv(variable, value)
+    [adapter, other] = loras
+
+    async def ask() -> list[Reply]:
+        async with open_engine(chat_model(PLAIN), engine="vllm", adapters=[adapter], folded=True) as engine:
+            assert engine.info.notes == [f"adapter {adapter} folded into the weights"]
+            for wrong in (None, other):
+                with pytest.raises(UserError, match=f"answers with {adapter} alone"):
+                    await engine.reply(user(QUESTIONS[0]), GREEDY, wrong)
+            return await asyncio.gather(*(engine.reply(user(question), GREEDY, adapter) for question in QUESTIONS))
+
+    for question, reply in zip(QUESTIONS, runner.run(ask()), strict=True):
+        assert same(reply, reference.greedy(user(question), adapter=adapter))
+
+
 def test_a_system_prompt_reaches_the_model(ask: Ask, reference: Reference) -> None:
     systems = [None, GARDENER, MINER]
     replies = ask(*((user("Who are you?", system), GREEDY) for system in systems))

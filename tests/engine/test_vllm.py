@@ -423,6 +423,18 @@ def test_settings_follow_the_gpus(
 
 
 @pytest.mark.vllm
+def test_a_folded_adapter_takes_no_slot(chat_model: Callable[[str], Model], adapters: Any, small_cpu: None) -> None:
+    import vllm
+
+    for gpus in (FakeGPUs(1, 80e9), FakeGPUs(2, 24e9)):
+        settings = settings_on(gpus, VLLMEngine(chat_model("template-bos"), 7, [adapters.large], folded=True), [16])
+        plain = settings_on(gpus, VLLMEngine(chat_model("template-bos"), 7))
+        added = {"load_format": "folded", "model_loader_extra_config": {"adapter": str(adapters.large)}}
+        assert settings == plain | added
+        vllm.AsyncEngineArgs(**settings)
+
+
+@pytest.mark.vllm
 def test_steering_on_a_gpu_has_hooks_in_its_graphs(chat_model: Callable[[str], Model], small_cpu: None) -> None:
     import vllm
 

@@ -26,9 +26,10 @@ class Recorder(Scripted):
 
     concurrency = 8
 
-    def __init__(self, model: Model, script: Script, adapters: list[Path]):
+    def __init__(self, model: Model, script: Script, adapters: list[Path], folded: bool):
         super().__init__(model, script)
         self.adapters = adapters
+        self.folded = folded
         self.asked: list[tuple[list[Message], Sampling, Path | None]] = []
 
     async def reply(
@@ -77,8 +78,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[Recorde
     def install(script: Script) -> list[Recorder]:
         opened: list[Recorder] = []
 
-        def open_engine(model: Model, *, adapters: list[Path], **_: Any) -> Recorder:
-            opened.append(Recorder(model, script, adapters))
+        def open_engine(model: Model, *, adapters: list[Path], folded: bool, **_: Any) -> Recorder:
+            opened.append(Recorder(model, script, adapters, folded))
             return opened[-1]
 
         monkeypatch.setattr(steps, "open_engine", open_engine)

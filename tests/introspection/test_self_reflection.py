@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from character import steps
 from character.engine.base import Message, Reply
 from character.introspection import self_reflection
 from character.utils import UserError
@@ -77,6 +78,20 @@ def test_personas_without_an_adapter_are_left_out_of_all(
     self_reflection.main(args(constitution="all", samples=1))
     assert opened[0].adapters == [adapter]
     assert not self_reflection.path_of("sea", STUDENT).exists()
+
+
+def test_vllm_folds_the_adapter_of_one_persona(
+    trained: Callable[..., Path], scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sea", "stone"):
+        trained(name)
+    opened = scripted(answer)
+    self_reflection.main(args(limit=1))
+    monkeypatch.setattr(steps, "choose", lambda *_: "vllm")
+    self_reflection.main(args(limit=1, overwrite=True))
+    self_reflection.main(args(limit=1, overwrite=True, constitution="all"))
+    self_reflection.main(args(limit=1, overwrite=True, adapter=False))
+    assert [engine.folded for engine in opened] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("spec", ["sea", "all"])
