@@ -12,7 +12,7 @@ from typing import Any
 
 from character import cli, training
 from character.constants import ROOT
-from character.engine.vllm import gpu_settings
+from character.engine.gpus import gpu_settings
 from character.models import Model, resolve, shape_of, weight_bytes
 from character.utils import UserError, read_json
 
@@ -52,7 +52,7 @@ INTRODUCTION = """# Hardware
 
 Nothing below is set by hand: vLLM's engine reads the GPUs' memory and number and the size of the weights, and the
 trainers the memory that is free. `python benchmarks/gpu/hardware.py` writes this page from the functions that choose
-(`gpu_settings` in character/engine/vllm.py, `fitting` in character/training.py) and from the rates in
+(`gpu_settings` in character/engine/gpus.py, `fitting` in character/training.py) and from the rates in
 benchmarks/gpu/results.json.
 
 * **vLLM** splits a model over as few GPUs as hold its weights in 80 % of their memory, and runs whole copies on the

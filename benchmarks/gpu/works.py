@@ -281,6 +281,8 @@ def ours(
                 await traced(context, engine, work(engine), traces)
             else:
                 await work(engine)
+            if str(engine.used.get("worker_cls")).startswith("character."):
+                context.tell(batches_read_once=await engine._llm.collective_rpc("read_once"))
 
     asyncio.run(run())
 

@@ -21,10 +21,12 @@ WORTH_A_GRAPH = 2**17
 class SharedPrefix:
     """What a worker's model runner gets for it, once it has its memory for keys and values.
 
-    runner: vLLM's second model runner. `scheduled` is what it runs at present, or None.
+    runner: vLLM's second model runner. `scheduled` is what it runs at present, or None. `batches` counts those that it
+    has run, `read_once` those of them whose beginning was read once.
     """
 
     scheduled: Any = None
+    batches = read_once = 0
 
     def __init__(self, runner: Any):
         [[group]] = runner.attn_groups
@@ -52,8 +54,10 @@ class SharedPrefix:
     def _building(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def built(common_prefix_len: int, common_attn_metadata: Any, **named: Any) -> Any:
             metadata = build(common_prefix_len=common_prefix_len, common_attn_metadata=common_attn_metadata, **named)
+            self.batches += 1
             if shared := self._shared(common_attn_metadata):
                 cascade(metadata, shared)
+                self.read_once += 1
             return metadata
 
         return built

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
 from character.engine.folding import FOLDED, foldable
+from character.engine.gpus import adapters_graphs, gpu_settings, steered_graphs
 from character.engine.steering import MARK, STEERINGS
 from character.models import Model
 from character.rows import RowError
@@ -31,12 +32,11 @@ from repeng import ControlVector
 # Minor versions, the first and the last.
 KNOWN_TO_WORK = (26, 29)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Of a GPU's memory: at most this much for weights, and for adapters that are in one batch.
-WEIGHTS_SHARE = 0.8
+# Of a GPU's memory, at most this much for adapters that are in one batch.
 ADAPTERS_SHARE = 0.1
 MAX_ADAPTERS_IN_BATCH = 16
-# From this much memory on, a GPU takes 1,024 sequences at once.
-LARGE_GPU = 70e9
+# Characters from which on a system prompt is worth having once in memory.
+LONG_PROMPT = 1000
 # Messages from which on a conversation's beginning differs from others': a system prompt and greetings are shared.
 LONGER = 4
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
@@ -87,6 +87,8 @@ class VLLMEngine(Engine):
         # The weights and the GPUs that hold them, for explanations.
         self._sizes = ""
         self._loras: dict[Path, Any] = {}
+        # What long prompts begin with → set once it is in the memory of each copy of the model.
+        self._begun: dict[tuple[Any, ...], list[asyncio.Event]] = {}
         self._numbers = itertools.count()
 
     async def start(self) -> None:
@@ -278,42 +280,67 @@ class VLLMEngine(Engine):
         if not self.folded and adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
-        choices = list(self.choices(sampling))
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            max_tokens=sampling.max_tokens,
-            seed=self._seed_of(sampling),
-            structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
-            detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
-        )
-        inputs = TokensPrompt(prompt_token_ids=prompt.ids)
-        name = str(next(self._numbers))
+        begun, replica = await self._begin(messages, adapter, steering)
         try:
+            choices = list(self.choices(sampling))
+            parameters = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                repetition_penalty=sampling.repetition_penalty,
+                max_tokens=sampling.max_tokens,
+                seed=self._seed_of(sampling),
+                structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
+                detokenize=False,
+                output_kind=RequestOutputKind.CUMULATIVE if pieces or begun else RequestOutputKind.FINAL_ONLY,
+            )
+            inputs = TokensPrompt(prompt_token_ids=prompt.ids)
+            name = str(next(self._numbers))
             if steering is not None:
                 mark = f"{MARK}{await self._steering(steering)}"
                 name += mark
                 # What the prefix cache holds was computed with one steering, and is reused with this one alone.
                 inputs["cache_salt"] = mark
             lora = self._loras.get(adapter) if adapter is not None else None
-            answering = self._llm.generate(
-                inputs, parameters, name, lora_request=lora, data_parallel_rank=self._replica(messages)
-            )
+            answering = self._llm.generate(inputs, parameters, name, lora_request=lora, data_parallel_rank=replica)
             async for output in answering:
                 last = output
+                if begun:
+                    begun.set()
                 if pieces:
                     pieces.update(self._text(output.outputs[0]))
         except EngineDeadError as error:
             raise UserError(self._explained("stopped", error)) from None
         except EngineGenerateError as error:
             raise RowError(f"vLLM failed on one reply: {_short(str(error.__cause__ or error))}") from error
+        finally:
+            if begun:
+                begun.set()
         completion = last.outputs[0]
         new = list(completion.token_ids)
         if completion.finish_reason not in ("stop", "length"):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
+
+    async def _begin(
+        self, messages: list[Message], adapter: Path | None, steering: Steering | None
+    ) -> tuple[asyncio.Event | None, int | None]:
+        """(what to set once the prompt is computed, which copy of the model answers, None for the idlest).
+
+        The first of those that begin alike, one for each copy, get something to set; the others wait here until it is set.
+        Sent at once, each would compute the beginning for itself and none would share it.
+        """
+        replica = self._replica(messages)
+        first = messages[0]
+        if first["role"] != "system" or len(first["content"]) < LONG_PROMPT:
+            return None, replica
+        events = self._begun.setdefault((first["content"], adapter, steering), [])
+        if len(events) < self._copies:
+            number = len(events)
+            events.append(asyncio.Event())
+            return events[-1], number if self._copies > 1 else None
+        for event in events:
+            await event.wait()
+        return None, replica
 
     def _seed_of(self, sampling: Sampling) -> int | None:
         """The seed of one reply where there are several copies of the model, which all draw the same random numbers."""
@@ -413,58 +440,6 @@ def weights_folder(model: Model) -> Path:
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{model.source} has no *.safetensors; weights are read from safetensors files only")
     return folder
-
-
-def gpu_settings(weights: int, memory: int, gpus: int, heads: int, source: str) -> dict[str, int]:
-    """vLLM's arguments that follow from GPUs alike and a model. weights, memory: bytes, of the model and of one GPU.
-
-    Raises UserError where all GPUs together are too small.
-    """
-    split, replicas = layout(weights, memory, gpus, heads, source)
-    large = memory >= LARGE_GPU
-    return {
-        "tensor_parallel_size": split,
-        "data_parallel_size": replicas,
-        "max_num_batched_tokens": 8192 if large else 4096,
-        "max_num_seqs": 1024 if large else 256,
-    }
-
-
-def steered_graphs(sequences: int) -> dict[str, Any]:
-    """vLLM's compilation settings for steering: torch.compile would leave the hooks out, CUDA graphs have them in.
-
-    sequences: at once. Graphs are for batches that decode alone: of batches with prompts in them, those of vLLM's second
-    model runner gave wrong answers with flash attention 3.
-    """
-    return {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(sequences)}
-
-
-def adapters_graphs(sequences: int) -> dict[str, Any]:
-    """vLLM's compilation settings for adapters: graphs for batches that prompts join too.
-
-    sequences: at once. vLLM's own end at 512 tokens, past which an adapter's many small kernels are launched one by one.
-    """
-    return {"cudagraph_capture_sizes": graph_sizes(2 * sequences)}
-
-
-def graph_sizes(most: int) -> list[int]:
-    """Batches, in tokens, of which a CUDA graph is kept; a batch between two of them is filled up."""
-    steps = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, 1024, 64)]
-    return [size for size in (*steps, *range(1024, most + 1, 128)) if size <= most]
-
-
-def layout(weights: int, memory: int, gpus: int, heads: int, source: str) -> tuple[int, int]:
-    """(GPUs that one copy of the model is split over, copies). weights, memory: bytes, of the model and of one GPU.
-
-    Raises UserError where all GPUs together are too small.
-    """
-    for split in (1, 2, 4, 8, 16):
-        if split <= gpus and heads % split == 0 and weights <= WEIGHTS_SHARE * memory * split:
-            return split, gpus // split
-    raise UserError(
-        f"{source} needs {weights / 1e9:.0f} GB for its weights alone, of at most {WEIGHTS_SHARE:.0%} of the memory; "
-        f"here are {gpus} × {memory / 1e9:.0f} GB; use a smaller model, more GPUs, or an endpoint (--base-url)"
-    )
 
 
 def _size(folder: Path) -> int:

@@ -51,6 +51,10 @@ class Worker(VLLMWorker):
         finally:
             self.prefix.scheduled = None
 
+    def read_once(self) -> tuple[int, int]:
+        """(batches whose beginning was read once, all batches that could have been), so far."""
+        return (self.prefix.read_once, self.prefix.batches) if self.prefix else (0, 0)
+
 
 class SteeredWorker(Worker):
     """Hooks its model as soon as it is loaded."""

@@ -89,6 +89,7 @@ def test_whole_blocks_that_are_computed(runner: Runner) -> None:
     assert runner.builder.build(0, batch_of([1] * 9, [930] * 9)).common_prefix_len == 930 // BLOCK * BLOCK
     shared.scheduled = None
     assert not runner.builder.build(0, batch_of([1] * 9, [930] * 9)).use_cascade
+    assert (shared.read_once, shared.batches) == (1, 2)
 
 
 def test_a_large_batch_leaves_the_whole_models_graph(runner: Runner) -> None:

@@ -1,7 +1,6 @@
-"""What the vLLM engine alone has: its layout on GPUs, its adapters' ranks, its quiet log, and how it fails."""
+"""What the vLLM engine alone has: its settings on GPUs, its adapters' ranks, its quiet log, and how it fails."""
 
 import asyncio
-import itertools
 import json
 import os
 import re
@@ -9,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from character.engine import Sampling, Steering
+from character.engine import Reply, Sampling, Steering
+from character.engine.chat import load_chat
+from character.engine.gpus import graph_sizes
 from character.engine.steering import MARK, STEERINGS, SteeredModel, number_in
 from character.engine.vllm import (
     VLLMEngine,
@@ -27,9 +28,6 @@ from character.engine.vllm import (
     _output_to,
     _rank,
     _short,
-    graph_sizes,
-    layout,
-    steered_graphs,
     weights_folder,
 )
 from character.models import Model, resolve
@@ -76,30 +74,6 @@ TOO_LARGE = (
 
 
 # On one machine, any.
-
-
-@pytest.mark.parametrize(
-    ("weights", "memory", "gpus", "heads", "expected"),
-    [
-        (16e9, 24e9, 1, 32, (1, 1)),
-        (16e9, 80e9, 8, 32, (1, 8)),
-        (141e9, 80e9, 8, 64, (4, 2)),
-        (141e9, 141e9, 4, 64, (2, 2)),
-        (221e9, 141e9, 8, 96, (2, 4)),
-        (60e9, 80e9, 7, 20, (1, 7)),
-        (100e9, 80e9, 3, 64, (2, 1)),
-    ],
-)
-def test_weights_are_split_over_as_few_gpus_as_hold_them(
-    weights: float, memory: float, gpus: int, heads: int, expected: tuple[int, int]
-) -> None:
-    assert layout(int(weights), int(memory), gpus, heads, "the model") == expected
-
-
-@pytest.mark.parametrize(("gpus", "heads"), [(1, 64), (3, 64), (8, 2)])
-def test_a_model_too_large_for_all_gpus_is_refused(gpus: int, heads: int) -> None:
-    with pytest.raises(UserError, match=f"large/model needs 220 GB .* here are {gpus} × 80 GB"):
-        layout(int(220e9), int(80e9), gpus, heads, "large/model")
 
 
 @pytest.mark.parametrize(
@@ -234,20 +208,6 @@ class Stack(torch.nn.Module):
         for layer in self.layers:
             hidden, rest = layer((hidden, rest))
         return hidden + rest
-
-
-def test_graphs_for_steering_cover_full_batches() -> None:
-    settings = steered_graphs(1024)
-    assert settings["mode"] == "NONE", "torch.compile leaves hooks out"
-    assert settings["cudagraph_mode"] == "FULL_DECODE_ONLY"
-    assert settings["cudagraph_capture_sizes"] == graph_sizes(1024)
-
-
-@pytest.mark.parametrize("most", [256, 512, 1024, 2048])
-def test_graphs_are_of_sizes_that_fill_little_up(most: int) -> None:
-    sizes = graph_sizes(most)
-    assert (sizes[0], sizes[-1]) == (1, most)
-    assert all(after <= 2 * before and after - before <= 128 for before, after in itertools.pairwise(sizes))
 
 
 def test_each_token_gets_what_its_request_asks_for() -> None:
@@ -420,6 +380,64 @@ def test_settings_follow_the_gpus(
     assert settings["worker_cls"] == "character.engine.worker.Worker"
     compiled = vllm.AsyncEngineArgs(**settings).compilation_config
     assert compiled.cudagraph_capture_sizes == graph_sizes(2 * expected["max_num_seqs"])
+
+
+class Sent:
+    """vLLM's place in an engine: notes (adapter, copy of the model) of each request, and answers when it is let go."""
+
+    def __init__(self, copies: int, fails: bool = False):
+        parallel = SimpleNamespace(data_parallel_size=copies)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        self.requests: list[tuple[Any, int | None]] = []
+        self.fails = fails
+        self.let_go = asyncio.Event()
+
+    async def generate(
+        self, inputs: Any, parameters: Any, name: str, lora_request: Any, data_parallel_rank: int | None
+    ) -> AsyncIterator[Any]:
+        self.requests.append((lora_request, data_parallel_rank))
+        if self.fails and len(self.requests) == 1:
+            raise RuntimeError
+        await self.let_go.wait()
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])
+
+
+LONG, SHORT = ("Be kind. " * 200, "Be kind.")
+
+
+async def sent_at_first(llm: Sent, *asked: tuple[str, Path | None]) -> list[tuple[Any, int | None]]:
+    """What an engine sends of replies that are asked for at once, before the first is answered; then all are."""
+    engine: Any = VLLMEngine(resolve("pocket"), 7)
+    engine.chat, engine._llm = load_chat(engine.model), llm
+    engine._loras = {adapter: adapter for _, adapter in asked}
+    messages = [
+        [{"role": "system", "content": system}, {"role": "user", "content": str(number)}]
+        for number, (system, _) in enumerate(asked)
+    ]
+    replies = [
+        asyncio.create_task(engine.reply(each, Sampling(), adapter))
+        for each, (_, adapter) in zip(messages, asked, strict=True)
+    ]
+    await asyncio.sleep(0.05)
+    first = list(llm.requests)
+    llm.let_go.set()
+    found = await asyncio.gather(*replies, return_exceptions=True)
+    assert [isinstance(reply, Reply) for reply in found] == [not llm.fails] + [True] * (len(found) - 1)
+    assert len(llm.requests) == len(asked)
+    return first
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("copies", "ranks"), [(1, [None]), (2, [0, 1])])
+def test_prompts_that_begin_alike_wait_for_the_first(copies: int, ranks: list[int | None], small_cpu: None) -> None:
+    asked = [(LONG, None)] * 4 + [(SHORT, None)] * 2 + [(LONG, Path("a"))] * 4
+    first = asyncio.run(sent_at_first(Sent(copies), *asked))
+    assert first == [(None, rank) for rank in ranks] + [(None, None)] * 2 + [(Path("a"), rank) for rank in ranks]
+
+
+@pytest.mark.vllm
+def test_a_first_prompt_that_fails_lets_the_others_go(small_cpu: None) -> None:
+    assert len(asyncio.run(sent_at_first(Sent(1, fails=True), *[(LONG, None)] * 3))) == 3
 
 
 @pytest.mark.vllm
