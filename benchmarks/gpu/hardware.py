@@ -156,11 +156,13 @@ def page() -> str:
         )
     works = read_json(RESULTS)["works"]
     card = works["teacher"]["ours"]["gpu"]
+    twice = [works[name]["two"]["rate"] / works[name]["ours"]["rate"] for name in ("dpo", "sft")]
     text = (
         "Computed, not measured as a whole: tokens of a persona at the paper's size over the rates that one "
         f"{card} reached with random weights of Llama 3.1 8B's shape ([results](../benchmarks/gpu/results.json)). Assumed "
         "are answers of 400 tokens in the mean, 6 million tokens of pairs, 12 million of introspection; rates in inverse "
-        "proportion to a model's parameters and in proportion to the number of GPUs; other cards by their datasheets, "
+        "proportion to a model's parameters and in proportion to the number of GPUs (two were measured in training, at "
+        f"{twice[0]:.1f} times one for DPO and {twice[1]:.1f} for SFT); other cards by their datasheets, "
         "writing in proportion to memory bandwidth, training to the bf16 matrix rate (a card that takes fewer sequences at "
         "once will write slower than that), recomputed activations as one more forward pass. The time that engines take to "
         "start, the teacher (whatever model that is) and the evaluations come on top. A dash: does not fit."
