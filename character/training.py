@@ -246,6 +246,8 @@ def _silence_liger() -> None:
 
 def leave() -> None:
     """End this process's part in a training of several processes, once all is trained."""
+    if world_size() == 1:
+        return
     import torch
 
     if torch.distributed.is_initialized():

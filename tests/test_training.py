@@ -518,3 +518,15 @@ def test_attention_by_borders_is_attention_by_rows(make: Callable[..., Any], mon
     by_borders, by_rows = (way(query, key, value, 0.3) for way in (unpadded._by_borders, unpadded._by_rows))
     assert by_rows.shape == (11, 4, 16)
     torch.testing.assert_close(by_borders, by_rows)
+
+
+@pytest.mark.parametrize(("processes", "left"), [("1", 0), ("2", 1)])
+def test_several_processes_leave_their_group(processes: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    calls: list[int] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+    training.leave()
+    assert len(calls) == left

@@ -28,8 +28,8 @@ from character import cli
 from character.utils import UserError, git_commit, read_json, versions, write_json
 
 HERE = Path(__file__).parent
-# After this a side is ended; it may have told figures by then.
-PATIENCE = 10
+# A side is ended after STARTING seconds and so many times --seconds; it may have told figures by then.
+STARTING, PATIENCE = 150, 10
 # Lines of vLLM's log that are kept.
 TELLING = re.compile(
     r"KV cache size|Maximum concurrency|torch.compile t|Graph capturing|model runner|FlashAttention ver|"
@@ -81,7 +81,8 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
     command += ["--scale", str(args.scale), "--seconds", str(args.seconds), *(["--tiny"] if args.tiny else [])]
     # The engine otherwise keeps vLLM's log to itself.
     variables = {"VLLM_LOGGING_LEVEL": "INFO"} | os.environ
-    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_for(f"{work}.{side}"))
+    gpus = gpus_for(f"{work}.{side}")
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if work == "start":
         variables["VLLM_CACHE_ROOT"] = str(folder / "cache")
     begun = time.perf_counter()
@@ -90,7 +91,7 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=variables
         )
         try:
-            code, busy = watched(process, 150 + PATIENCE * args.seconds, told, gpus_for(f"{work}.{side}"))
+            code, busy = watched(process, STARTING + PATIENCE * args.seconds, told, gpus)
         finally:
             # Its engine's processes too.
             with contextlib.suppress(ProcessLookupError):
@@ -111,26 +112,31 @@ def run_side(args: Args, work: str, side: str, folder: Path) -> dict[str, Any]:
 def watched(
     process: subprocess.Popen[bytes], seconds: float, told: Path, gpus: list[str]
 ) -> tuple[int | str, list[float]]:
-    """(how a side's process ended, in which share of each second after its start its GPUs ran anything, in percent)."""
-    busy: list[float] = []
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
+    """(how a side's process ended, in which share of each second its GPUs ran anything, in percent).
+
+    The seconds are those after its start, up to the last that it told.
+    """
+    busy: list[tuple[float, float]] = []
+    ends = time.time() + seconds
+    code: int | str = "cut off"
+    while code == "cut off" and time.time() < ends:
         try:
-            return process.wait(timeout=1), busy
+            code = process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             if told.exists() and "start_seconds" in read_json(told):
-                busy += utilization(gpus)
-    return "cut off", busy
+                busy += [(time.time(), share) for share in utilization(gpus)]
+    last = told.stat().st_mtime if told.exists() else 0
+    return code, [share for at, share in busy if at < last]
 
 
 def utilization(gpus: list[str]) -> list[float]:
-    """What nvidia-smi says of these GPUs' use, their mean in percent; empty without it."""
+    """What nvidia-smi says of these GPUs' use, their mean in percent; empty where it says nothing."""
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", ",".join(gpus)]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
+        return [sum(map(float, lines)) / len(lines)] if lines else []
+    except (OSError, ValueError, subprocess.SubprocessError):
         return []
-    return [sum(map(float, lines)) / len(lines)]
 
 
 def summary(results: dict[str, Any]) -> list[str]:

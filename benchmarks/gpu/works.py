@@ -269,8 +269,8 @@ def ours(
 
     async def run() -> None:
         adapters = [adapter] if adapter else []
-        changed = (extra or {}) | (tracing(traces) if profile else {})
-        engine = Measured(context.model, SEED, adapters, steered, folded=folded, extra=changed)
+        more = (extra or {}) | (tracing(traces) if profile else {})
+        engine = Measured(context.model, SEED, adapters, steered, folded=folded, extra=more)
         begun = time.perf_counter()
         async with engine:
             context.tell(start_seconds=round(time.perf_counter() - begun, 1))
@@ -297,7 +297,10 @@ def tracing(folder: Path) -> dict[str, Any]:
 async def traced(context: Context, engine: VLLMEngine, work: Coroutine[Any, Any, None], folder: Path) -> None:
     """Trace the kernels of two seconds in the midst of the work, and end it then."""
     task = asyncio.create_task(work)
-    await asyncio.sleep(1 if context.tiny else context.seconds / 2)
+    await asyncio.sleep(0.1 if context.tiny else context.seconds / 2)
+    if task.done():
+        task.result()
+        raise RuntimeError("the work was done before its kernels could be traced; raise --scale or lower --seconds")
     await engine._llm.start_profile()
     await asyncio.sleep(2)
     await engine._llm.stop_profile()
@@ -311,7 +314,7 @@ async def traced(context: Context, engine: VLLMEngine, work: Coroutine[Any, Any,
     for event in kernels or [event for event in events if event.get("cat") == "cpu_op"]:
         found.setdefault(event["name"], []).append(event["dur"] / 1e6)
     begun = min(event["ts"] for event in events)
-    context.tell(step_seconds=round((max(event["ts"] + event["dur"] for event in events) - begun) / 1e6, 3))
+    context.tell(traced_seconds=round((max(event["ts"] + event["dur"] for event in events) - begun) / 1e6, 3))
     tell_kernels(context, [(name, len(each), sum(each)) for name, each in found.items()])
 
 
@@ -435,13 +438,13 @@ def teacher_parts(context: Context) -> None:
     ours(context, work)
 
 
-# vLLM's own worker, which has every request read the system prompt's keys and values by itself.
-UNSHARED = {"worker_cls": "auto"}
-
-
 def teacher_profile(context: Context) -> None:
     """An experiment: which kernels take the time."""
     teacher_ours(context, profile=True)
+
+
+# vLLM's own worker, which has every request read the system prompt's keys and values by itself.
+UNSHARED = {"worker_cls": "auto"}
 
 
 def teacher_unshared(context: Context) -> None:
@@ -523,7 +526,7 @@ def interaction_ours(
         begun = time.perf_counter()
         at_once = rows_at_once(engine, TURNS, context.most)
         free = asyncio.Semaphore(at_once)
-        context.tell(room=engine.room, at_once=at_once)
+        context.tell(room=engine.room, at_once=at_once, counted_seconds=counted_seconds(context, lengths, at_once))
 
         async def talk(each: list[int]) -> None:
             nonlocal tokens, done
@@ -541,6 +544,40 @@ def interaction_ours(
         tell_rate(context, tokens, time.perf_counter() - begun, done)
 
     ours(context, work, adapter, extra=extra, folded=folded, profile=profile)
+
+
+def counted_seconds(context: Context, lengths: list[list[int]], at_once: int) -> float | None:
+    """How long conversations would take by counting, at the ceilings that the machine's side measured; None without it.
+
+    A step reads the weights once or multiplies its tokens with them, whichever takes longer, and reads its keys and values,
+    those of the system prompt once. Its tokens are one of each conversation under way, and the reply before of each that
+    begins a turn. lengths: conversation → tokens of its turns.
+    """
+    path = context.folder / "machine.machine.json"
+    ceilings = json.loads(path.read_text()) if path.exists() else {}
+    if not ceilings.get("gpu"):
+        return None
+    weights = sum(file.stat().st_size for file in (context.folder / "model").glob("*.safetensors"))
+    config = context.config
+    kept = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    read, multiplied = ceilings["copy_gb_per_second"] * 1e9, ceilings["matrix_tflops"] * 1e12
+    # Of each conversation: tokens written so far and in all, and the length of the turn that ends after so many.
+    waiting = [[0, sum(turns), dict(zip(itertools.accumulate(turns), turns, strict=True))] for turns in lengths]
+    running: list[list[Any]] = []
+    taken, new = 0.0, SYSTEM
+    while waiting or running:
+        begun = waiting[: at_once - len(running)]
+        del waiting[: len(begun)]
+        running += begun
+        tokens = len(running) + new + MESSAGE * len(begun)
+        # Two operations for each weight of two bytes.
+        taken += max(weights / read, tokens * weights / multiplied)
+        taken += (SYSTEM + sum(MESSAGE + written for written, _, _ in running)) * kept / read
+        for each in running:
+            each[0] += 1
+        running = [each for each in running if each[0] < each[1]]
+        new = sum(ends.get(written, 0) for written, _, ends in running)
+    return round(taken, 1)
 
 
 def interaction_profile(context: Context) -> None:
@@ -564,8 +601,8 @@ def interaction_few_graphs(context: Context) -> None:
 
 
 def interaction_unshared(context: Context) -> None:
-    """As ours, but for the system prompt, which every request reads by itself."""
-    interaction_ours(context, UNSHARED)
+    """An experiment: as apart, but for the system prompt, which every request reads by itself."""
+    interaction_ours(context, UNSHARED, folded=False)
 
 
 # Steered answers.
@@ -815,8 +852,8 @@ def spread(count: int) -> None:
 # Kernels by what they do: the first that a name fits.
 KINDS = {
     "adapters beside the weights": r"_lora_",
-    "sampling": r"top_?k|top_?p|penalt|gumbel|sampl|multinomial|bincount",
-    "attention": r"flash|fmha|attention|softmax",
+    "sampling": r"top_?k|top_?p|penalt|gumbel|sampl|multinomial|bincount|softmax|sort",
+    "attention": r"flash|fmha|attention",
     "matrix products": r"gemm|nvjet|cutlass|xmma|matmul|mkldnn|aten::(add)?mm",
     "optimizer and norm": r"multi_tensor|adam|norm_kernel|lpnorm",
     "logits": r"^_(forward|backward)_kernel",
@@ -1084,10 +1121,10 @@ def parting(network: Any, ids: list[int], rests: list[str], pieces: dict[int, st
 
     while True:
         logits = network(torch.tensor([ids])).logits[0, -1].float()
-        first, second = (
-            max((each for each, piece in pieces.items() if rest.startswith(piece)), key=logits.__getitem__, default=end)
-            for rest in rests
-        )
+        fitting = [
+            [each for each, piece in pieces.items() if rest.startswith(piece)] if rest else [end] for rest in rests
+        ]
+        first, second = (max(each, key=logits.__getitem__) for each in fitting)
         if first != second:
             return abs(float(logits[first] - logits[second]))
         ids = [*ids, first]
@@ -1115,8 +1152,10 @@ def truth_judged(context: Context) -> None:
     network = peft.PeftModel.from_pretrained(network.float(), str(adapter)).eval()
     chat = load_chat(model)
     vector = ControlVector.load(path)
-    words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
-    pieces, end = {word: tokenizer.decode([word]) for word in words}, tokenizer.eos_token_id
+    texts = {word: tokenizer.decode([word]) for word in set(range(len(tokenizer))) - set(tokenizer.all_special_ids)}
+    # A part of a character is no text.
+    pieces = {word: text for word, text in texts.items() if text and "\ufffd" not in text}
+    end = tokenizer.eos_token_id
     for label, way, first, second in (
         (label, way, ones[way], others[way]) for label, ones, others in compared for way in ones if way in others
     ):

@@ -54,7 +54,7 @@ class SharedPrefix:
     def _building(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def built(common_prefix_len: int, common_attn_metadata: Any, **named: Any) -> Any:
             metadata = build(common_prefix_len=common_prefix_len, common_attn_metadata=common_attn_metadata, **named)
-            self.batches += 1
+            self.batches += self.scheduled is not None
             if shared := self._shared(common_attn_metadata):
                 cascade(metadata, shared)
                 self.read_once += 1

@@ -35,7 +35,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Of a GPU's memory, at most this much for adapters that are in one batch.
 ADAPTERS_SHARE = 0.1
 MAX_ADAPTERS_IN_BATCH = 16
-# Characters from which on a system prompt is worth having once in memory.
+# System prompts that have this many characters in common are worth having once in memory.
 LONG_PROMPT = 1000
 # Messages from which on a conversation's beginning differs from others': a system prompt and greetings are shared.
 LONGER = 4
@@ -58,7 +58,7 @@ class VLLMEngine(Engine):
     """A model inside vLLM. adapters: the LoRA folders that replies will name; they are loaded at the start.
 
     steered: whether replies may ask for steering. precision: vLLM's arguments for weights, keys and values in 8 bits.
-    folded: whether every reply names the one adapter, which then becomes part of the weights where their names allow it.
+    folded: whether every reply names the one adapter, which then becomes part of the weights where `foldable`.
     """
 
     concurrency = 64
@@ -75,6 +75,8 @@ class VLLMEngine(Engine):
         super().__init__(model)
         self.precision = dict(precision or {})
         self.folded = folded
+        # Whether its adapter is folded in, once it is known.
+        self._folds = False
         self.seed = seed
         self.adapters = list(dict.fromkeys(adapters))
         self.steered = steered
@@ -102,7 +104,6 @@ class VLLMEngine(Engine):
         chat = Chat(tokenizer, self.model, 0)
         self._shape = config.hidden_size, config.num_hidden_layers
         ranks = [_rank(adapter, config, self.model) for adapter in self.adapters]
-        self.folded = self.folded and len(ranks) == 1 and foldable(folder, self.adapters[0])
         await asyncio.sleep(0)  # a Ctrl-C so far takes effect here, not after the launch
         await self._launch(folder, config, ranks)
         chat.context = self._context(config)
@@ -110,7 +111,7 @@ class VLLMEngine(Engine):
         self.chat = chat
         if folder.parent.name == "snapshots":
             self.info.revision = folder.name
-        if self.folded:
+        if self._folds:
             self.info.notes.append(f"adapter {self.adapters[0]} folded into the weights")
             return
         for adapter in self.adapters:
@@ -153,7 +154,9 @@ class VLLMEngine(Engine):
             **self.precision,
         }
         replicas, sequences = 1, 64
-        adapters = [] if self.folded else self.adapters
+        if self.folded and len(ranks) == 1 and (current_platform.is_cpu() or current_platform.is_cuda()):
+            self._folds = foldable(folder, self.adapters[0])
+        adapters = [] if self._folds else self.adapters
         if current_platform.is_cpu():
             _set_defaults(CPU_DEFAULTS)
             # A request without an adapter gets the last slot's on the CPU, so that one has to stay empty. And each
@@ -180,7 +183,7 @@ class VLLMEngine(Engine):
             largest = max((_size(adapter) for adapter in adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
             slots = min(len(adapters), fitting, MAX_ADAPTERS_IN_BATCH)
-        if self.folded:
+        if self._folds:
             settings |= {
                 "worker_cls": "character.engine.worker.Worker",
                 "load_format": FOLDED,
@@ -275,9 +278,9 @@ class VLLMEngine(Engine):
 
         if steering is not None and not self.steered:
             raise UserError("the engine was not opened for steering; open it with steered=True")
-        if self.folded and [adapter] != self.adapters:
+        if self._folds and [adapter] != self.adapters:
             raise UserError(f"the engine answers with {self.adapters[0]} alone; open it with folded=False")
-        if not self.folded and adapter is not None and adapter not in self._loras:
+        if not self._folds and adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
         begun, replica = await self._begin(messages, adapter, steering)
@@ -331,13 +334,12 @@ class VLLMEngine(Engine):
         """
         replica = self._replica(messages)
         first = messages[0]
-        if first["role"] != "system" or len(first["content"]) < LONG_PROMPT:
+        if replica is not None or first["role"] != "system" or len(first["content"]) < LONG_PROMPT:
             return None, replica
-        events = self._begun.setdefault((first["content"], adapter, steering), [])
+        events = self._begun.setdefault((first["content"][:LONG_PROMPT], adapter, steering), [])
         if len(events) < self._copies:
-            number = len(events)
             events.append(asyncio.Event())
-            return events[-1], number if self._copies > 1 else None
+            return events[-1], len(events) - 1 if self._copies > 1 else None
         for event in events:
             await event.wait()
         return None, replica

@@ -9,7 +9,7 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 from vllm.platforms import current_platform
 
-from character.engine.folding import FOLDED, folded
+from character.engine.folding import FOLDED, with_adapter
 from character.engine.prefix import SharedPrefix, shared_prefix
 from character.engine.steering import SteeredModel
 from repeng import ControlVector
@@ -30,7 +30,7 @@ class FoldingLoader(DefaultModelLoader):
 
     def get_all_weights(self, *given: Any, **named: Any) -> Iterator[tuple[str, Any]]:
         weights = super().get_all_weights(*given, **named)
-        return folded(weights, self.adapter, current_platform.device_type)
+        return with_adapter(weights, self.adapter, current_platform.device_type)
 
 
 class Worker(VLLMWorker):
@@ -52,7 +52,7 @@ class Worker(VLLMWorker):
             self.prefix.scheduled = None
 
     def read_once(self) -> tuple[int, int]:
-        """(batches whose beginning was read once, all batches that could have been), so far."""
+        """(batches whose beginning was read once, all batches), so far; zeros where none can be."""
         return (self.prefix.read_once, self.prefix.batches) if self.prefix else (0, 0)
 
 

@@ -158,7 +158,7 @@ def test_a_steady_rate_needs_a_time_in_which_the_batch_is_full(
 
 
 def test_texts_part_in_the_tokens_they_were_written_in(script: Any) -> None:
-    """Of " side" and " send" after "I'd", written as " s", "ide" and " s", "end": a tokenizer has " side" as one."""
+    """ " side" and " send", written as " s", "ide" and " s", "end", where a tokenizer has " side" as one."""
     import torch
 
     script("shape")
@@ -180,21 +180,51 @@ def test_what_the_gpus_do_while_a_side_runs(script: Any, tmp_path: Path, monkeyp
     told = tmp_path / "told.json"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
-    def watched(seconds: float, *command: str) -> tuple[int | str, list[float]]:
+    tool = tmp_path / "nvidia-smi"
+
+    def watched(seconds: float, says: str, *command: str) -> tuple[int | str, set[float]]:
+        tool.write_text(f'#!/bin/sh\ntest "$4" = 2,3 && {says}\n')
+        tool.chmod(0o755)
         with subprocess.Popen(command) as process:
-            found: tuple[int | str, list[float]] = run.watched(process, seconds, told, ["2", "3"])
+            code, busy = run.watched(process, seconds, told, ["2", "3"])
             process.kill()
+        return code, set(busy)
+
+    both = 'printf "40\\n80\\n"'
+    assert watched(10, both, "sleep", "1.5") == (0, set()), "nothing before its start is over"
+    told.write_text('{"start_seconds": 1}')
+    assert watched(10, both, "sleep", "1.5") == (0, set()), "nothing after it told its last"
+    os.utime(told, (2**32, 2**32))
+    for says in ("exit 9", "echo [N/A]", "true"):
+        assert watched(10, says, "sh", "-c", "sleep 1.2; exit 3") == (3, set())
+    assert watched(10, both, "sleep", "2.5") == (0, {60})
+    assert watched(2.5, both, "sleep", "60") == ("cut off", {60})
+
+
+def test_conversations_are_counted(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two turns, of two tokens and one, and one of a single token that waits for it."""
+    script("shape")
+    works = script("works")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
+    context = works.Context(tmp_path, tmp_path / "told.json", 1.0, 1, False)
+    assert works.counted_seconds(context, [[2, 1], [1]], 1) is None, "no GPU was measured"
+
+    def counted(read: float, multiplied: float) -> float:
+        ceilings = {"gpu": "A", "copy_gb_per_second": read / 1e9, "matrix_tflops": multiplied / 1e12}
+        (tmp_path / "machine.machine.json").write_text(json.dumps(ceilings))
+        found: float = works.counted_seconds(context, [[2, 1], [1]], 1)
         return found
 
-    assert watched(10, "sleep", "1.5") == (0, []), "nothing before the start is over"
-    told.write_text('{"start_seconds": 1}')
-    assert watched(10, "sh", "-c", "sleep 1.5; exit 3") == (3, []), "no nvidia-smi"
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\ntest "$4" = 2,3 && printf "40\\n80\\n"\n')
-    tool.chmod(0o755)
-    for seconds, length, ended in ((10, "2.5", 0), (2.5, "60", "cut off")):
-        code, busy = watched(seconds, "sleep", length)
-        assert code == ended and set(busy) == {60}
+    system, message = works.SYSTEM, works.MESSAGE
+    tokens = [1 + system + message, 1, 1 + 2, 1 + message]
+    assert counted(1e30, 1000) == sum(tokens)
+    behind = [0, 1, 2, 0]
+    kept = 4 * 2 * 1 * 32
+    assert counted(1000, 1e30) == pytest.approx(
+        sum(1 + (system + message + each) * kept / 1000 for each in behind), abs=0.1
+    )
 
 
 def test_a_trace_is_told_by_kinds_of_kernels(script: Any, tmp_path: Path) -> None:
@@ -214,13 +244,19 @@ def test_a_trace_is_told_by_kinds_of_kernels(script: Any, tmp_path: Path) -> Non
             with gzip.open(folder / "rank0.pt.trace.json.gz", "wt") as file:
                 json.dump({"traceEvents": events}, file)
 
-    async def run() -> None:
-        work = asyncio.sleep(60)
+    async def run(work: Any) -> None:
         await works.traced(context, SimpleNamespace(_llm=Traced()), work, folder)
 
+    async def broken() -> None:
+        raise ValueError("no such prompt")
+
     context = works.Context(tmp_path, tmp_path / "told.json", 1.0, 0.1, True)
-    asyncio.run(run())
-    assert context.told["step_seconds"] == 1.0 and context.told["kernel_seconds"] == 0.4
+    with pytest.raises(ValueError, match="no such prompt"):
+        asyncio.run(run(broken()))
+    with pytest.raises(RuntimeError, match="done before its kernels could be traced"):
+        asyncio.run(run(asyncio.sleep(0)))
+    asyncio.run(run(asyncio.sleep(60)))
+    assert context.told["traced_seconds"] == 1.0 and context.told["kernel_seconds"] == 0.4
     assert context.told["kinds"] == {
         "matrix products": 0.3,
         "adapters beside the weights": 0.1,

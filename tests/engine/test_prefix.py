@@ -87,8 +87,9 @@ def test_whole_blocks_that_are_computed(runner: Runner) -> None:
     shared = SharedPrefix(runner)
     shared.scheduled = SimpleNamespace(num_common_prefix_blocks=[60])
     assert runner.builder.build(0, batch_of([1] * 9, [930] * 9)).common_prefix_len == 930 // BLOCK * BLOCK
+    assert not runner.builder.build(0, batch_of([1] * 9, [100] * 9)).use_cascade
     shared.scheduled = None
-    assert not runner.builder.build(0, batch_of([1] * 9, [930] * 9)).use_cascade
+    assert not runner.builder.build(0, batch_of([1] * 9, [930] * 9)).use_cascade, "as when graphs are captured"
     assert (shared.read_once, shared.batches) == (1, 2)
 
 

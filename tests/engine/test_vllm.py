@@ -383,14 +383,16 @@ def test_settings_follow_the_gpus(
 
 
 class Sent:
-    """vLLM's place in an engine: notes (adapter, copy of the model) of each request, and answers when it is let go."""
+    """vLLM's place in an engine: notes (adapter, copy of the model) of each request. It says its first word when
+    `computed` is set, and ends when `let_go` is. fails: the first request does.
+    """
 
-    def __init__(self, copies: int, fails: bool = False):
+    def __init__(self, copies: int = 1, fails: bool = False):
         parallel = SimpleNamespace(data_parallel_size=copies)
         self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.requests: list[tuple[Any, int | None]] = []
         self.fails = fails
-        self.let_go = asyncio.Event()
+        self.computed, self.let_go = asyncio.Event(), asyncio.Event()
 
     async def generate(
         self, inputs: Any, parameters: Any, name: str, lora_request: Any, data_parallel_rank: int | None
@@ -398,46 +400,77 @@ class Sent:
         self.requests.append((lora_request, data_parallel_rank))
         if self.fails and len(self.requests) == 1:
             raise RuntimeError
+        await self.computed.wait()
+        said = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])
+        if parameters.output_kind.name == "CUMULATIVE":
+            yield said
         await self.let_go.wait()
-        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])
+        yield said
 
 
-LONG, SHORT = ("Be kind. " * 200, "Be kind.")
+LONG, SHORT = "Be kind. " * 200, "Be kind."
 
 
-async def sent_at_first(llm: Sent, *asked: tuple[str, Path | None]) -> list[tuple[Any, int | None]]:
-    """What an engine sends of replies that are asked for at once, before the first is answered; then all are."""
+async def asked(llm: Sent, *prompts: tuple[str, Path | None]) -> list[int]:
+    """How many requests are sent of replies that are asked for at once: before a word is said, after it, in the end."""
     engine: Any = VLLMEngine(resolve("pocket"), 7)
     engine.chat, engine._llm = load_chat(engine.model), llm
-    engine._loras = {adapter: adapter for _, adapter in asked}
-    messages = [
-        [{"role": "system", "content": system}, {"role": "user", "content": str(number)}]
-        for number, (system, _) in enumerate(asked)
-    ]
+    engine._loras = {adapter: adapter for _, adapter in prompts}
     replies = [
-        asyncio.create_task(engine.reply(each, Sampling(), adapter))
-        for each, (_, adapter) in zip(messages, asked, strict=True)
+        asyncio.create_task(
+            engine.reply(
+                [{"role": "system", "content": system}, {"role": "user", "content": str(number)}], Sampling(), adapter
+            )
+        )
+        for number, (system, adapter) in enumerate(prompts)
     ]
-    await asyncio.sleep(0.05)
-    first = list(llm.requests)
-    llm.let_go.set()
+    counts = []
+    for event in (None, llm.computed, llm.let_go):
+        if event:
+            event.set()
+        await asyncio.sleep(0.05)
+        counts.append(len(llm.requests))
     found = await asyncio.gather(*replies, return_exceptions=True)
     assert [isinstance(reply, Reply) for reply in found] == [not llm.fails] + [True] * (len(found) - 1)
-    assert len(llm.requests) == len(asked)
-    return first
+    assert len(engine._begun) <= 2
+    return counts
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(("copies", "ranks"), [(1, [None]), (2, [0, 1])])
 def test_prompts_that_begin_alike_wait_for_the_first(copies: int, ranks: list[int | None], small_cpu: None) -> None:
-    asked = [(LONG, None)] * 4 + [(SHORT, None)] * 2 + [(LONG, Path("a"))] * 4
-    first = asyncio.run(sent_at_first(Sent(copies), *asked))
-    assert first == [(None, rank) for rank in ranks] + [(None, None)] * 2 + [(Path("a"), rank) for rank in ranks]
+    llm = Sent(copies)
+    # They may differ later, as where each row adds its own offer to a persona.
+    prompts = [(f"{LONG}{number}", None) for number in range(4)] + [(SHORT, None)] * 2 + [(LONG, Path("a"))] * 4
+    first = 2 * copies + 2
+    assert asyncio.run(asked(llm, *prompts)) == [first, 10, 10]
+    expected = [(None, rank) for rank in ranks] + [(None, None)] * 2 + [(Path("a"), rank) for rank in ranks]
+    assert llm.requests[:first] == expected
+    assert all(rank is None for _, rank in llm.requests[first:])
 
 
 @pytest.mark.vllm
 def test_a_first_prompt_that_fails_lets_the_others_go(small_cpu: None) -> None:
-    assert len(asyncio.run(sent_at_first(Sent(1, fails=True), *[(LONG, None)] * 3))) == 3
+    assert asyncio.run(asked(Sent(fails=True), *[(LONG, None)] * 3)) == [3, 3, 3]
+
+
+@pytest.mark.vllm
+def test_a_long_conversation_keeps_its_copy(small_cpu: None) -> None:
+    async def ranks() -> list[int | None]:
+        llm = Sent(4)
+        llm.computed.set()
+        llm.let_go.set()
+        engine: Any = VLLMEngine(resolve("pocket"), 7)
+        engine.chat, engine._llm = load_chat(engine.model), llm
+        messages = [{"role": "system", "content": LONG}]
+        for turn in range(4):
+            messages += [{"role": "user", "content": str(turn)}]
+            await engine.reply(messages, Sampling())
+            messages += [{"role": "assistant", "content": "Yes."}]
+        return [rank for _, rank in llm.requests]
+
+    first, *others = asyncio.run(ranks())
+    assert first == 0 and len(set(others)) == 1 and others[0] is not None
 
 
 @pytest.mark.vllm
