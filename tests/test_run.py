@@ -194,11 +194,11 @@ def test_one_vllm_serves_the_steps_that_follow_each_other(
         ("VLLM_LOGGING_LEVEL", "INFO"),
     ):
         monkeypatch.setenv(variable, value)
-    # With an adapter, with the same one, and without.
+    # With an adapter and with the same one, in weights that it is folded into, and without.
     names = ["reflections", "leading", "base"]
     done = start("character.run", tmp_path, *small_run.flags, "--engine", "vllm", "--jobs", "1", "--only", *names)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (done.stdout + done.stderr).count("Initializing a V1 LLM engine") == 1
+    assert (done.stdout + done.stderr).count("Initializing a V1 LLM engine") == 2
     data = tmp_path / "data"
     for file, rows in (
         ("self_reflection/pocket/humor.jsonl", 10),

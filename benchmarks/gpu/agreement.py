@@ -132,7 +132,9 @@ def openrlhf_command(stage: str, folder: Path, num_gpus: int) -> list[str]:
     """What finetuning/<stage>/llama.sh would start, with our worker around the program that trains."""
     script = str(ROOT / "finetuning" / stage / "llama.sh")
     flags = ["--train.batch_size", str(STAGES[stage][2])]
-    settings = {"NUM_GPUS": str(num_gpus), "ATTN_IMPLEMENTATION": "sdpa"}
+    # The script asks the first python3 that it finds.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"NUM_GPUS": str(num_gpus), "ATTN_IMPLEMENTATION": "sdpa", "PATH": path}
     done = subprocess.run(
         [script, "--dry-run", NAME, *flags],
         env=os.environ | places(folder) | settings,

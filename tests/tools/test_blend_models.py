@@ -101,7 +101,7 @@ def test_the_result_loads_and_answers_as_the_mean_of_the_weights(pair: tuple[Pat
         for name, weights in expected.named_parameters():
             weights.copy_((2 * weights + first[name].float()) / 3)
         ids = torch.arange(5, 25)[None]
-        torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "U"}], tokenize=False)
     parts = json.loads((out / "blend.json").read_text())["settings"]["parts"]
