@@ -57,6 +57,8 @@ benchmarks/gpu/results.json.
 
 * **vLLM** splits a model over as few GPUs as hold its weights in 80 % of their memory, and runs whole copies on the
   others: `2 × 4` are four copies over two GPUs each. "At once" is how many sequences one copy takes into its batch.
+  Reflections and conversations of one persona come from weights that have its adapter folded in; several personas in
+  one engine keep theirs beside the weights.
 * **Training** has 32 rows in a batch whatever the GPU, and takes as many of them at once as the memory holds. "DPO
   tokens" and "SFT tokens" are how many tokens that is: rows are run without their padding, so that short ones go
   together in greater number (a pair has at most 2 × 1,024 tokens, an SFT row 3,072), and no row is cut for it;

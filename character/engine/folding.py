@@ -18,8 +18,8 @@ INDEX = "model.safetensors.index.json"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # The language part of a model that reads pictures too: in the network, and in its checkpoint.
 IN_NETWORK, IN_CHECKPOINT = "model.language_model.", "language_model.model."
-# What a sum can be rounded to; weights in 8 bits have scales of their own.
-ROUNDED = ("F32", "BF16", "F16")
+# Weights that can be added to; those in 8 bits have scales of their own.
+PLAIN = ("F32", "BF16", "F16")
 
 
 def foldable(folder: Path, adapter: Path) -> bool:
@@ -41,7 +41,7 @@ def foldable(folder: Path, adapter: Path) -> bool:
     changed = {name.removesuffix(A).removesuffix(B) for name in names}
     # vLLM leaves out the head's tensor where the embedding is the head.
     return bool(changed) and all(
-        {module + A, module + B} <= names and kinds.get(module) in ROUNDED and not module.endswith("lm_head")
+        {module + A, module + B} <= names and kinds.get(module) in PLAIN and not module.endswith("lm_head")
         for module in changed
     )
 
@@ -57,7 +57,7 @@ def module_of(name: str) -> str:
 def with_adapter(weights: Iterator[tuple[str, Any]], adapter: Path, device: Any) -> Iterator[tuple[str, Any]]:
     """A checkpoint's tensors, those that the adapter changes with its change added: W + scaling · B A.
 
-    weights: (name, tensor of any device). device: what adds them, in float32, before the sum is rounded as W was.
+    weights: (name, tensor of any device). device: what adds them. A sum is in float32, for vLLM to round as it computes.
     Raises RuntimeError at the end where the checkpoint lacked what the adapter changes.
     """
     import torch
@@ -76,6 +76,6 @@ def with_adapter(weights: Iterator[tuple[str, Any]], adapter: Path, device: Any)
                 continue
             left.discard(module)
             a, b = (file.get_tensor(module + part).to(device, torch.float32) for part in (A, B))
-            yield name, weight.to(device, torch.float32).addmm(b, a, alpha=scaling).to(weight.dtype)
+            yield name, weight.to(device, torch.float32).addmm(b, a, alpha=scaling)
     if left:
         raise RuntimeError(f"the weights lack what adapter {adapter} changes: {min(left)}")

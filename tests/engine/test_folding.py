@@ -43,16 +43,17 @@ def test_weights_are_those_that_peft_merges(folder: Path, adapters: Any, tmp_pat
         assert ("proj" in name) != (weight is before[name]), name
 
 
-def test_a_sum_is_rounded_once(folder: Path, adapters: Any) -> None:
+def test_a_sum_is_not_rounded(folder: Path, adapters: Any) -> None:
     import torch
 
     exact = dict(with_adapter(iter(checkpoint(folder).items()), adapters.large, "cpu"))
     halves = {name: weight.bfloat16() for name, weight in checkpoint(folder).items()}
-    rounded = dict(with_adapter(iter(halves.items()), adapters.large, "cpu"))
-    change = {name: exact[name] - weight for name, weight in checkpoint(folder).items()}
-    for name, weight in rounded.items():
-        assert weight.dtype == torch.bfloat16
-        torch.testing.assert_close(weight, (halves[name].float() + change[name]).bfloat16(), rtol=2**-8, atol=1e-6)
+    for name, weight in with_adapter(iter(halves.items()), adapters.large, "cpu"):
+        if "proj" in name:
+            change = exact[name] - checkpoint(folder)[name]
+            torch.testing.assert_close(weight, halves[name].float() + change, rtol=1e-5, atol=1e-5)
+        else:
+            assert weight is halves[name]
 
 
 def test_an_adapter_is_folded_where_each_module_is_a_tensor(folder: Path, adapters: Any, tmp_path: Path) -> None:
