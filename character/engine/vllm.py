@@ -35,8 +35,6 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Of a GPU's memory, at most this much for adapters that are in one batch.
 ADAPTERS_SHARE = 0.1
 MAX_ADAPTERS_IN_BATCH = 16
-# System prompts that have this many characters in common are worth having once in memory.
-LONG_PROMPT = 1000
 # Messages from which on a conversation's beginning differs from others': a system prompt and greetings are shared.
 LONGER = 4
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1"}
@@ -89,8 +87,6 @@ class VLLMEngine(Engine):
         # The weights and the GPUs that hold them, for explanations.
         self._sizes = ""
         self._loras: dict[Path, Any] = {}
-        # What long prompts begin with → set once it is in the memory of each copy of the model.
-        self._begun: dict[tuple[Any, ...], list[asyncio.Event]] = {}
         self._numbers = itertools.count()
 
     async def start(self) -> None:
@@ -283,66 +279,42 @@ class VLLMEngine(Engine):
         if not self._folds and adapter is not None and adapter not in self._loras:
             raise UserError(f"adapter {adapter} was not named when the engine was opened; add it to `adapters`")
         prompt = self.chat.encode(messages, prefill, sampling.max_tokens)
-        begun, replica = await self._begin(messages, adapter, steering)
+        choices = list(self.choices(sampling))
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.max_tokens,
+            seed=self._seed_of(sampling),
+            structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE if pieces else RequestOutputKind.FINAL_ONLY,
+        )
+        inputs = TokensPrompt(prompt_token_ids=prompt.ids)
+        name = str(next(self._numbers))
         try:
-            choices = list(self.choices(sampling))
-            parameters = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                repetition_penalty=sampling.repetition_penalty,
-                max_tokens=sampling.max_tokens,
-                seed=self._seed_of(sampling),
-                structured_outputs=StructuredOutputsParams(choice=choices) if choices else None,
-                detokenize=False,
-                output_kind=RequestOutputKind.CUMULATIVE if pieces or begun else RequestOutputKind.FINAL_ONLY,
-            )
-            inputs = TokensPrompt(prompt_token_ids=prompt.ids)
-            name = str(next(self._numbers))
             if steering is not None:
                 mark = f"{MARK}{await self._steering(steering)}"
                 name += mark
                 # What the prefix cache holds was computed with one steering, and is reused with this one alone.
                 inputs["cache_salt"] = mark
             lora = self._loras.get(adapter) if adapter is not None else None
-            answering = self._llm.generate(inputs, parameters, name, lora_request=lora, data_parallel_rank=replica)
+            answering = self._llm.generate(
+                inputs, parameters, name, lora_request=lora, data_parallel_rank=self._replica(messages)
+            )
             async for output in answering:
                 last = output
-                if begun:
-                    begun.set()
                 if pieces:
                     pieces.update(self._text(output.outputs[0]))
         except EngineDeadError as error:
             raise UserError(self._explained("stopped", error)) from None
         except EngineGenerateError as error:
             raise RowError(f"vLLM failed on one reply: {_short(str(error.__cause__ or error))}") from error
-        finally:
-            if begun:
-                begun.set()
         completion = last.outputs[0]
         new = list(completion.token_ids)
         if completion.finish_reason not in ("stop", "length"):
             raise RowError(f"vLLM ended a reply with '{completion.finish_reason}'")
         return Reply(self._text(completion), completion.finish_reason, len(prompt.ids), len(new), prompt.dropped_turns)
-
-    async def _begin(
-        self, messages: list[Message], adapter: Path | None, steering: Steering | None
-    ) -> tuple[asyncio.Event | None, int | None]:
-        """(what to set once the prompt is computed, which copy of the model answers, None for the idlest).
-
-        The first of those that begin alike, one for each copy, get something to set; the others wait here until it is set.
-        Sent at once, each would compute the beginning for itself and none would share it.
-        """
-        replica = self._replica(messages)
-        first = messages[0]
-        if replica is not None or first["role"] != "system" or len(first["content"]) < LONG_PROMPT:
-            return None, replica
-        events = self._begun.setdefault((first["content"][:LONG_PROMPT], adapter, steering), [])
-        if len(events) < self._copies:
-            events.append(asyncio.Event())
-            return events[-1], len(events) - 1 if self._copies > 1 else None
-        for event in events:
-            await event.wait()
-        return None, replica
 
     def _seed_of(self, sampling: Sampling) -> int | None:
         """The seed of one reply where there are several copies of the model, which all draw the same random numbers."""

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from character.engine import Reply, Sampling, Steering
-from character.engine.chat import load_chat
+from character.engine import Sampling, Steering
 from character.engine.gpus import graph_sizes
 from character.engine.steering import MARK, STEERINGS, SteeredModel, number_in
 from character.engine.vllm import (
@@ -380,97 +379,6 @@ def test_settings_follow_the_gpus(
     assert settings["worker_cls"] == "character.engine.worker.Worker"
     compiled = vllm.AsyncEngineArgs(**settings).compilation_config
     assert compiled.cudagraph_capture_sizes == graph_sizes(2 * expected["max_num_seqs"])
-
-
-class Sent:
-    """vLLM's place in an engine: notes (adapter, copy of the model) of each request. It says its first word when
-    `computed` is set, and ends when `let_go` is. fails: the first request does.
-    """
-
-    def __init__(self, copies: int = 1, fails: bool = False):
-        parallel = SimpleNamespace(data_parallel_size=copies)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
-        self.requests: list[tuple[Any, int | None]] = []
-        self.fails = fails
-        self.computed, self.let_go = asyncio.Event(), asyncio.Event()
-
-    async def generate(
-        self, inputs: Any, parameters: Any, name: str, lora_request: Any, data_parallel_rank: int | None
-    ) -> AsyncIterator[Any]:
-        self.requests.append((lora_request, data_parallel_rank))
-        if self.fails and len(self.requests) == 1:
-            raise RuntimeError
-        await self.computed.wait()
-        said = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])
-        if parameters.output_kind.name == "CUMULATIVE":
-            yield said
-        await self.let_go.wait()
-        yield said
-
-
-LONG, SHORT = "Be kind. " * 200, "Be kind."
-
-
-async def asked(llm: Sent, *prompts: tuple[str, Path | None]) -> list[int]:
-    """How many requests are sent of replies that are asked for at once: before a word is said, after it, in the end."""
-    engine: Any = VLLMEngine(resolve("pocket"), 7)
-    engine.chat, engine._llm = load_chat(engine.model), llm
-    engine._loras = {adapter: adapter for _, adapter in prompts}
-    replies = [
-        asyncio.create_task(
-            engine.reply(
-                [{"role": "system", "content": system}, {"role": "user", "content": str(number)}], Sampling(), adapter
-            )
-        )
-        for number, (system, adapter) in enumerate(prompts)
-    ]
-    counts = []
-    for event in (None, llm.computed, llm.let_go):
-        if event:
-            event.set()
-        await asyncio.sleep(0.05)
-        counts.append(len(llm.requests))
-    found = await asyncio.gather(*replies, return_exceptions=True)
-    assert [isinstance(reply, Reply) for reply in found] == [not llm.fails] + [True] * (len(found) - 1)
-    assert len(engine._begun) <= 2
-    return counts
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize(("copies", "ranks"), [(1, [None]), (2, [0, 1])])
-def test_prompts_that_begin_alike_wait_for_the_first(copies: int, ranks: list[int | None], small_cpu: None) -> None:
-    llm = Sent(copies)
-    # They may differ later, as where each row adds its own offer to a persona.
-    prompts = [(f"{LONG}{number}", None) for number in range(4)] + [(SHORT, None)] * 2 + [(LONG, Path("a"))] * 4
-    first = 2 * copies + 2
-    assert asyncio.run(asked(llm, *prompts)) == [first, 10, 10]
-    expected = [(None, rank) for rank in ranks] + [(None, None)] * 2 + [(Path("a"), rank) for rank in ranks]
-    assert llm.requests[:first] == expected
-    assert all(rank is None for _, rank in llm.requests[first:])
-
-
-@pytest.mark.vllm
-def test_a_first_prompt_that_fails_lets_the_others_go(small_cpu: None) -> None:
-    assert asyncio.run(asked(Sent(fails=True), *[(LONG, None)] * 3)) == [3, 3, 3]
-
-
-@pytest.mark.vllm
-def test_a_long_conversation_keeps_its_copy(small_cpu: None) -> None:
-    async def ranks() -> list[int | None]:
-        llm = Sent(4)
-        llm.computed.set()
-        llm.let_go.set()
-        engine: Any = VLLMEngine(resolve("pocket"), 7)
-        engine.chat, engine._llm = load_chat(engine.model), llm
-        messages = [{"role": "system", "content": LONG}]
-        for turn in range(4):
-            messages += [{"role": "user", "content": str(turn)}]
-            await engine.reply(messages, Sampling())
-            messages += [{"role": "assistant", "content": "Yes."}]
-        return [rank for _, rank in llm.requests]
-
-    first, *others = asyncio.run(ranks())
-    assert first == 0 and len(set(others)) == 1 and others[0] is not None
 
 
 @pytest.mark.vllm
