@@ -1028,7 +1028,9 @@ def small_share() -> dict[str, float]:
     return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": int(1.5e9)}
 
 
-def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **extra: Any) -> None:
+def truth_answers(
+    context: Context, engine_name: str, ways: tuple[str, ...], folded: bool = False, **extra: Any
+) -> None:
     """Greedy answers in each of these ways. extra: settings of vLLM's engine that an experiment adds."""
     from character.engine import open_engine
 
@@ -1040,7 +1042,8 @@ def truth_answers(context: Context, engine_name: str, ways: tuple[str, ...], **e
         adapters = [adapter] if any("adapter" in way for way in ways) else []
         steered = "steered" in ways
         if engine_name == "vllm":
-            engine: Engine = Measured(resolve("pocket"), SEED, adapters, steered, extra=small_share() | extra)
+            changed = small_share() | extra
+            engine: Engine = Measured(resolve("pocket"), SEED, adapters, steered, folded=folded, extra=changed)
         else:
             engine = open_engine(resolve("pocket"), engine=engine_name, seed=SEED, adapters=adapters, steered=steered)
         async with engine:
@@ -1069,6 +1072,11 @@ def truth_vllm(context: Context) -> None:
 def truth_steered(context: Context) -> None:
     """vLLM's answers when it is opened for steering."""
     truth_answers(context, "vllm", STEERED_WAYS)
+
+
+def truth_folded(context: Context) -> None:
+    """vLLM's answers with the adapter folded into the weights."""
+    truth_answers(context, "vllm", ("adapter",), folded=True)
 
 
 def truth_transformers(context: Context) -> None:
@@ -1142,7 +1150,7 @@ def truth_judged(context: Context) -> None:
     adapter, path = truth_parts(context)
     usual, expected = told_answers(context, "vllm"), told_answers(context, "transformers")
     compared = [("", usual | told_answers(context, "steered"), expected)]
-    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("fp8", "fp8_cache")]
+    compared += [(f"{side}: ", told_answers(context, side), usual) for side in ("folded", "fp8", "fp8_cache")]
     compared += [("read once: ", told_answers(context, "shared"), told_answers(context, "unshared"))]
     # A CPU's, made by the same side in another folder and copied here.
     compared += [("float32, GPU and CPU: ", told_answers(context, "float32"), told_answers(context, "cpu"))]
@@ -1199,6 +1207,7 @@ WORKS: dict[str, dict[str, Callable[[Context], None]]] = {
     "truth": {
         "vllm": truth_vllm,
         "steered": truth_steered,
+        "folded": truth_folded,
         "transformers": truth_transformers,
         "float32": truth_float32,
         "judged": truth_judged,
