@@ -61,21 +61,20 @@ def with_adapter(weights: Iterator[tuple[str, Any]], adapter: Path, device: Any)
     Raises RuntimeError at the end where the checkpoint lacked what the adapter changes.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     config = adapter_config(adapter)
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        left = {name.removesuffix(A) for name in file.keys() if name.endswith(A)}  # noqa: SIM118 - no dictionary
-        changed = frozenset(left)
-        for name, weight in weights:
-            module = module_of(name)
-            if module not in changed:
-                yield name, weight
-                continue
-            left.discard(module)
-            a, b = (file.get_tensor(module + part).to(device, torch.float32) for part in (A, B))
-            yield name, weight.to(device, torch.float32).addmm(b, a, alpha=scaling)
+    changes = load_file(adapter / WEIGHTS)
+    left = set(changes)
+    for name, weight in weights:
+        parts = [module_of(name) + part for part in (A, B)]
+        if parts[0] not in changes:
+            yield name, weight
+            continue
+        left.difference_update(parts)
+        a, b = (changes[part].to(device, torch.float32) for part in parts)
+        yield name, weight.to(device, torch.float32).addmm(b, a, alpha=scaling)
     if left:
         raise RuntimeError(f"the weights lack what adapter {adapter} changes: {min(left)}")

@@ -201,7 +201,7 @@ def test_what_the_gpus_do_while_a_side_runs(script: Any, tmp_path: Path, monkeyp
     assert watched(2.5, both, "sleep", "60") == ("cut off", {60})
 
 
-def test_conversations_are_counted(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_are_counted(script: Any, tmp_path: Path) -> None:
     """One of two turns, of two tokens and one, and one of a single token that waits for it."""
     script("shape")
     works = script("works")
