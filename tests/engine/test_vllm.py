@@ -111,12 +111,15 @@ def explained(
     what: str = "could not start",
     error: Exception | None = None,
     precision: dict[str, str] | None = None,
+    version: str = "0.29.0",
 ) -> str:
-    """What an engine on a GPU says where vLLM's log has this line."""
+    """What an engine on a GPU says where the log of a vLLM of this version has this line."""
     engine = VLLMEngine(Model("some", "some/model", "Some"), 0, precision=precision)
     engine._log, engine._sizes = tmp_path / "log", "16.1 GB of weights on 1 × 24 GB"
     engine._log.write_text(f"(EngineCore pid=11) ERROR 11-22 09:58:46 [core.py:1330] {line}\n" if line else "")
-    return engine._explained(what, error or RuntimeError("Engine core initialization failed."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("character.engine.vllm.versions", lambda: {"vllm": version})
+        return engine._explained(what, error or RuntimeError("Engine core initialization failed."))
 
 
 def test_a_gpu_that_others_use(tmp_path: Path) -> None:
@@ -143,14 +146,13 @@ def test_a_process_that_ends_without_a_word(tmp_path: Path) -> None:
     ("version", "known"),
     [("0.26.0", True), ("0.29.1+cpu", True), ("0.25.3", False), ("0.30.0", False), ("1.27", False)],
 )
-def test_versions_that_are_known(version: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_are_known(version: str, known: bool, tmp_path: Path) -> None:
     assert _known(version) == known
-    monkeypatch.setattr("character.engine.vllm.versions", lambda: {"vllm": version})
-    message = explained("ValueError: no such field", tmp_path)
+    message = explained("ValueError: no such field", tmp_path, version=version)
     assert (
         f"vLLM {version} could not start: ValueError: no such field; known to work: 0.26 to 0.29" in message
     ) != known
-    gone = explained("", tmp_path, error=AttributeError("vllm has no AsyncEngineArgs"))
+    gone = explained("", tmp_path, error=AttributeError("vllm has no AsyncEngineArgs"), version=version)
     assert f"vLLM {version} could not start: vllm has no AsyncEngineArgs; known to work: 0.26 to 0.29" in gone
 
 
