@@ -445,6 +445,18 @@ def teacher_profile(context: Context) -> None:
 
 # vLLM's own worker, which has every request read the system prompt's keys and values by itself.
 UNSHARED = {"worker_cls": "auto"}
+# vLLM's own CUDA graphs, which end at 512 tokens.
+FEW_GRAPHS: dict[str, Any] = {"compilation_config": {}}
+
+
+def teacher_few_graphs(context: Context) -> None:
+    """An experiment: as ours, with vLLM's own CUDA graphs."""
+    teacher_ours(context, FEW_GRAPHS)
+
+
+def teacher_one_process(context: Context) -> None:
+    """An experiment: as ours, with one process that schedules and launches kernels, as vLLM has it for one GPU."""
+    teacher_ours(context, {"distributed_executor_backend": "uni"})
 
 
 def teacher_unshared(context: Context) -> None:
@@ -596,8 +608,8 @@ def interaction_apart(context: Context) -> None:
 
 
 def interaction_few_graphs(context: Context) -> None:
-    """An experiment: the same with vLLM's own CUDA graphs, which end at 512 tokens."""
-    interaction_ours(context, {"compilation_config": {}}, folded=False)
+    """An experiment: as apart, with vLLM's own CUDA graphs."""
+    interaction_ours(context, FEW_GRAPHS, folded=False)
 
 
 def interaction_unshared(context: Context) -> None:
@@ -1218,6 +1230,8 @@ EXPERIMENTS: dict[str, dict[str, Callable[[Context], None]]] = {
     "teacher": {
         "parts": teacher_parts,
         "profile": teacher_profile,
+        "few_graphs": teacher_few_graphs,
+        "one_process": teacher_one_process,
         "unshared": teacher_unshared,
         "fp8": teacher_fp8,
         "fp8_cache": teacher_fp8_cache,

@@ -75,6 +75,7 @@ def with_adapter(weights: Iterator[tuple[str, Any]], adapter: Path, device: Any)
             continue
         left.difference_update(parts)
         a, b = (changes[part].to(device, torch.float32) for part in parts)
-        yield name, weight.to(device, torch.float32).addmm(b, a, alpha=scaling)
+        # Moved as it is, since a move to another type has the processor make floats of it first.
+        yield name, weight.to(device).float().addmm(b, a, alpha=scaling)
     if left:
         raise RuntimeError(f"the weights lack what adapter {adapter} changes: {min(left)}")

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
 from character.engine.folding import FOLDED, foldable
-from character.engine.gpus import adapters_graphs, gpu_settings, steered_graphs
+from character.engine.gpus import batch_graphs, gpu_settings, steered_graphs
 from character.engine.steering import MARK, STEERINGS
 from character.models import Model
 from character.rows import RowError
@@ -173,9 +173,11 @@ class VLLMEngine(Engine):
                 f"{weights / 1e9:.3g} GB of weights on {chosen['tensor_parallel_size']} × {memory / 1e9:.0f} GB"
             )
             sequences, replicas = chosen["max_num_seqs"], chosen["data_parallel_size"]
-            settings |= chosen
+            graphs = steered_graphs if self.steered else batch_graphs
+            settings |= chosen | {"compilation_config": graphs(sequences)}
             if current_platform.is_cuda():
-                settings["worker_cls"] = "character.engine.worker.Worker"
+                # What launches kernels has a process of its own: it would share one interpreter with the scheduler.
+                settings |= {"worker_cls": "character.engine.worker.Worker", "distributed_executor_backend": "mp"}
             largest = max((_size(adapter) for adapter in adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
             slots = min(len(adapters), fitting, MAX_ADAPTERS_IN_BATCH)
@@ -192,12 +194,8 @@ class VLLMEngine(Engine):
                 "max_loras": slots,
                 "max_cpu_loras": max(len(adapters), slots),
             }
-            if not current_platform.is_cpu():
-                settings["compilation_config"] = adapters_graphs(sequences)
         if self.steered:
             settings["worker_cls"] = "character.engine.worker.SteeredWorker"
-            if not current_platform.is_cpu():
-                settings["compilation_config"] = steered_graphs(sequences)
         # A quarter more than fits, so that a finished reply's place is taken at once.
         self.concurrency = sequences * replicas * 5 // 4
         return settings | {"max_num_seqs": sequences}

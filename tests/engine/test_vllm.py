@@ -379,6 +379,7 @@ def test_settings_follow_the_gpus(
     )
     assert engine.concurrency == concurrency
     assert settings["worker_cls"] == "character.engine.worker.Worker"
+    assert settings["distributed_executor_backend"] == "mp", "launches kernels beside the scheduler"
     compiled = vllm.AsyncEngineArgs(**settings).compilation_config
     assert compiled.cudagraph_capture_sizes == graph_sizes(2 * expected["max_num_seqs"])
 
