@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -103,8 +104,9 @@ def _positive(text: str) -> int:
 
 
 def run(main: Callable[[T], None], args_class: type[T], description: str | None = None) -> None:
-    """Parse the command line and call `main`. Mistakes print one line and exit with 2; Ctrl-C exits with 130."""
+    """Parse the command line and call `main`. Mistakes print one line and exit with 2; Ctrl-C and SIGTERM, with 130."""
     args = parse(args_class, description=description)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main(args)
         sys.stdout.flush()
@@ -121,6 +123,12 @@ def run(main: Callable[[T], None], args_class: type[T], description: str | None 
         if error.filename is None:
             sys.exit(_fail("the disk is full; free some space and run the same command to go on", 2))
         sys.exit(_fail(f"{error.filename}: {error.strerror}; free the disk or choose another folder in .env", 2))
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A handler of signals: end as at Ctrl-C, even where that is ignored, as in the background of a script."""
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
 
 def _fail(message: str, code: int) -> int:

@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -351,6 +352,17 @@ def run_together(steps: list[tuple[str, Step]], output: str | None) -> None:
             print(f"    {time.time() - begun:.1f} s", flush=True)
 
 
+# Processes that this one started.
+started: list[Any] = []
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """A handler of SIGTERM: end, and what was started too, which a terminal's Ctrl-C reaches by itself."""
+    for process in started:
+        process.terminate()
+    cli.interrupt(number, frame)
+
+
 def run_steps(steps: list[Step], jobs: int) -> None:
     """Run the steps, up to `jobs` processes at once, as soon as those they need are done.
 
@@ -375,15 +387,19 @@ def run_steps(steps: list[Step], jobs: int) -> None:
                         print(titled[0][0], flush=True)
                     process = processes.Process(target=run_together, args=(titled, output and str(output)))
                     process.start()
+                    started.append(process)
                     running.append(Running(group, process, output))
                 multiprocessing.connection.wait([one.process.sentinel for one in running])
                 for one in [one for one in running if not one.process.is_alive()]:
                     running.remove(one)
                     _finished(one)
         except KeyboardInterrupt:
-            # It reached the steps too, which keep what is finished.
+            # The steps end too, and keep what is finished.
             for one in running:
                 one.process.join()
+            if jobs > 1:
+                raise
+            # The step said so itself.
             sys.exit(130)
         finally:
             for one in running:
@@ -435,6 +451,7 @@ def main(args: Args) -> None:
     student = resolve(args.model).short
     steps = plan(args)
     begun = time.time()
+    signal.signal(signal.SIGTERM, _terminated)
     if args.dry_run:
         foresee(steps)
     run_steps(steps, args.jobs or default_jobs(student))
@@ -478,7 +495,13 @@ def run_further_seeds(args: Args) -> None:
         }
         print(f"\nseed {seed}: files under {_short(places['DATA_PATH'])}", flush=True)
         command = [sys.executable, "-m", "character.run", *sys.argv[1:], "--seed", str(seed), "--seeds", "1"]
-        code = subprocess.run(command, env=os.environ | places, check=False).returncode
+        process = subprocess.Popen(command, env=os.environ | places)
+        started.append(process)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
         if code:
             sys.exit(code)
     seeds.main(seeds.Args(args.model))

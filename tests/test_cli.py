@@ -167,7 +167,7 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 SCRIPT = """
-import errno, os, sys
+import errno, os, signal, sys
 from dataclasses import dataclass
 from character import cli
 from character.utils import UserError
@@ -182,6 +182,10 @@ def main(args):
         raise UserError("the file x is broken;\\n  mend it")
     if args.what == "interrupt":
         raise KeyboardInterrupt
+    if args.what == "background":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if args.what in ("terminate", "background"):
+        os.kill(os.getpid(), signal.SIGTERM)
     if args.what == "pipe":
         for _ in range(100_000):
             print("line")
@@ -197,12 +201,17 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED = "error: interrupted; finished rows are kept, run the same command to go on\n"
+
+
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [
         ("nothing", 0, ""),
         ("mistake", 2, "error: the file x is broken; mend it\n"),
-        ("interrupt", 130, "error: interrupted; finished rows are kept, run the same command to go on\n"),
+        ("interrupt", 130, INTERRUPTED),
+        ("terminate", 130, INTERRUPTED),
+        ("background", 130, INTERRUPTED),
         (
             "folder",
             2,

@@ -1,9 +1,14 @@
 """The whole job: its steps' flags are ones the steps know, and it runs at a small size on the bundled model."""
 
+import contextlib
 import importlib
 import multiprocessing
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +185,39 @@ def test_a_failure_among_steps_that_share_a_process_keeps_what_is_finished(tmp_p
     )
     assert "[1/3] base" in ended.stdout and "[2/3] trained" in ended.stdout and "preferences" not in ended.stdout
     assert (tmp_path / "data" / "robustness" / "pocket" / "base" / "plain" / "none.jsonl").exists()
+
+
+def working_on(folder: Path) -> list[int]:
+    """The processes whose files are in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"DATA_PATH={folder}/data".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_told_to_end_a_job_ends_its_steps_which_keep_their_rows(jobs: int, tmp_path: Path) -> None:
+    places = {"DATA_PATH": f"{tmp_path}/data", "LORA_PATH": f"{tmp_path}/loras", "FIGURE_PATH": f"{tmp_path}/figures"}
+    flags = ["--only", "teacher", "base", "--limit", "240", "--judged", "1", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "character.run", "--constitution", "humor", *flags]
+    part = tmp_path / "data" / "distillation" / "humor" / "pocket.partial.jsonl"
+    with subprocess.Popen(command, env=os.environ | places, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert working_on(tmp_path)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "error: interrupted; finished rows are kept, run the same command to go on"
+    # The process that forks steps goes a moment later.
+    deadline = time.monotonic() + 3
+    while working_on(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not working_on(tmp_path)
+    assert part.read_bytes().count(b"\n") > 8
 
 
 @pytest.mark.vllm
