@@ -106,14 +106,16 @@ def _positive(text: str) -> int:
 def run(main: Callable[[T], None], args_class: type[T], description: str | None = None) -> None:
     """Parse the command line and call `main`. Mistakes print one line and exit with 2; Ctrl-C and SIGTERM, with 130."""
     args = parse(args_class, description=description)
-    signal.signal(signal.SIGTERM, interrupt)
+    # torchrun ends the processes that are left when one fails, and they must not speak after it.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         main(args)
         sys.stdout.flush()
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; finished rows are kept, run the same command to go on", 130))
+        sys.exit(interrupted())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -125,8 +127,15 @@ def run(main: Callable[[T], None], args_class: type[T], description: str | None 
         sys.exit(_fail(f"{error.filename}: {error.strerror}; free the disk or choose another folder in .env", 2))
 
 
+def interrupted() -> int:
+    """Say that a command was interrupted; its exit code."""
+    return _fail("interrupted; finished rows are kept, run the same command to go on", 130)
+
+
 def interrupt(number: int, frame: Any) -> None:
     """A handler of signals: end as at Ctrl-C, even where that is ignored, as in the background of a script."""
+    # Being told twice must not break off what the first time began.
+    signal.signal(number, signal.SIG_IGN)
     handler = signal.getsignal(signal.SIGINT)
     (handler if callable(handler) else signal.default_int_handler)(number, frame)
 

@@ -339,6 +339,18 @@ def next_together(waiting: list[Step]) -> list[Step]:
 
 def run_together(steps: list[tuple[str, Step]], output: str | None) -> None:
     """Do the steps in this process, one engine for several. output: what they print goes there, and no titles."""
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():
+        # The job ended while this process was on its way.
+        return
+    try:
+        _run_each(steps, output)
+    except KeyboardInterrupt:
+        # Between two steps.
+        sys.exit(cli.interrupted())
+
+
+def _run_each(steps: list[tuple[str, Step]], output: str | None) -> None:
     with keeping_engine() if len(steps) > 1 else contextlib.nullcontext():
         for title, step in steps:
             begun = time.time()
@@ -358,6 +370,7 @@ started: list[Any] = []
 
 def _terminated(number: int, frame: Any) -> None:
     """A handler of SIGTERM: end, and what was started too, which a terminal's Ctrl-C reaches by itself."""
+    signal.signal(number, signal.SIG_IGN)
     for process in started:
         process.terminate()
     cli.interrupt(number, frame)
@@ -397,7 +410,7 @@ def run_steps(steps: list[Step], jobs: int) -> None:
             # The steps end too, and keep what is finished.
             for one in running:
                 one.process.join()
-            if jobs > 1:
+            if jobs > 1 or not any(one.process.exitcode == 130 for one in running):
                 raise
             # The step said so itself.
             sys.exit(130)

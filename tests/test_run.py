@@ -220,6 +220,23 @@ def test_told_to_end_a_job_ends_its_steps_which_keep_their_rows(jobs: int, tmp_p
     assert part.read_bytes().count(b"\n") > 8
 
 
+def test_told_to_end_while_its_first_step_starts_a_job_leaves_none(tmp_path: Path) -> None:
+    places = {"DATA_PATH": f"{tmp_path}/data", "LORA_PATH": f"{tmp_path}/loras", "FIGURE_PATH": f"{tmp_path}/figures"}
+    command = [sys.executable, "-m", "character.run", "--constitution", "humor", "--only", "teacher", "--jobs", "1"]
+    with subprocess.Popen(command, env=os.environ | places, stderr=subprocess.PIPE, text=True) as process:
+        # The second process is the one that forks steps: it has seconds of imports before it.
+        while len(working_on(tmp_path)) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "error: interrupted; finished rows are kept, run the same command to go on\n"
+    deadline = time.monotonic() + 60
+    while working_on(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list((tmp_path / "data").rglob("*.jsonl"))
+
+
 @pytest.mark.vllm
 def test_one_vllm_serves_the_steps_that_follow_each_other(
     small_run: Any, start: Any, tmp_path: Path, require: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch

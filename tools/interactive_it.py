@@ -276,7 +276,7 @@ class Typed:
         """Yield what is typed until Ctrl-D."""
         while True:
             try:
-                yield await self.session.prompt_async("> ")
+                yield await self.session.prompt_async("> ", handle_sigint=False)
             except KeyboardInterrupt:
                 continue
             except EOFError:

@@ -59,6 +59,8 @@ benchmarks/gpu/results.json.
   others: `2 × 4` are four copies over two GPUs each. "At once" is how many sequences one copy takes into its batch.
   Reflections and conversations of one persona come from weights that have its adapter folded in; several personas in
   one engine keep theirs beside the weights.
+  Kernels are launched beside the scheduler where `/dev/shm` has 420 MB free for each copy; a container has 64 MB unless
+  it is started with `--ipc=host` or `--shm-size`, and is slower then.
 * **Training** has 32 rows in a batch whatever the GPU, and takes as many of them at once as the memory holds. "DPO
   tokens" and "SFT tokens" are how many tokens that is: rows are run without their padding, so that short ones go
   together in greater number (a pair has at most 2 × 1,024 tokens, an SFT row 3,072), and no row is cut for it;

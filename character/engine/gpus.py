@@ -1,5 +1,6 @@
 """vLLM's settings that follow from GPUs and a model: how it is split, how much runs at once, which CUDA graphs are kept."""
 
+import shutil
 from typing import Any
 
 from character.utils import UserError
@@ -8,6 +9,8 @@ from character.utils import UserError
 WEIGHTS_SHARE = 0.8
 # From this much memory on, a GPU takes 1,024 sequences at once.
 LARGE_GPU = 70e9
+# Bytes of shared memory that vLLM lays out for what a scheduler and its worker tell each other.
+SHARED = 400 * 2**20
 
 
 def gpu_settings(weights: int, memory: int, gpus: int, heads: int, source: str) -> dict[str, int]:
@@ -37,10 +40,22 @@ def steered_graphs(sequences: int) -> dict[str, Any]:
 def batch_graphs(sequences: int) -> dict[str, Any]:
     """vLLM's compilation settings for all else: graphs of full batches, and of batches that prompts join.
 
-    sequences: at once. vLLM's own end at 512 tokens. Past them each kernel is launched by itself, which takes an 8B
-    model's batch of 1,024 longer than the GPU needs for it.
+    sequences: at once. On most GPUs vLLM's own end at 512 tokens. Past them each kernel is launched by itself, which takes
+    an 8B model's batch of 1,024 longer than the GPU needs for it.
     """
     return {"cudagraph_capture_sizes": graph_sizes(2 * sequences)}
+
+
+def launching(copies: int) -> dict[str, str]:
+    """vLLM's arguments by which kernels are launched beside the scheduler, which else shares one interpreter with it.
+
+    Empty where there is too little shared memory for that, as in a container by default. copies: of the model.
+    """
+    try:
+        enough = shutil.disk_usage("/dev/shm").free >= copies * SHARED
+    except OSError:
+        enough = False
+    return {"distributed_executor_backend": "mp"} if enough else {}
 
 
 def graph_sizes(most: int) -> list[int]:

@@ -22,7 +22,8 @@ class SharedPrefix:
     """What a worker's model runner gets for it, once it has its memory for keys and values.
 
     runner: vLLM's second model runner. `scheduled` is what it runs at present, or None. `batches` counts those that it
-    has run, `read_once` those of them whose beginning was read once.
+    has run, `read_once` those of them that were prepared to read their beginning once, as all do but some of the small ones
+    that a graph of the whole model runs.
     """
 
     scheduled: Any = None
@@ -45,7 +46,8 @@ class SharedPrefix:
 
     def _dispatching(self, dispatch: Callable[..., Any]) -> Callable[..., Any]:
         def dispatched(requests: int, tokens: int, uniform: int | None, *more: Any, **named: Any) -> Any:
-            if requests * self._tokens() >= WORTH_A_GRAPH:
+            shared = self._tokens()
+            if shared >= LEAST_TOKENS and requests * shared >= WORTH_A_GRAPH:
                 uniform = None
             return dispatch(requests, tokens, uniform, *more, **named)
 

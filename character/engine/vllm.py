@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from character.engine.base import Engine, Message, Reply, Sampling, Steering, check_adapter
 from character.engine.chat import Chat, Pieces, context_of, loading
 from character.engine.folding import FOLDED, foldable
-from character.engine.gpus import batch_graphs, gpu_settings, steered_graphs
+from character.engine.gpus import batch_graphs, gpu_settings, launching, steered_graphs
 from character.engine.steering import MARK, STEERINGS
 from character.models import Model
 from character.rows import RowError
@@ -176,8 +176,7 @@ class VLLMEngine(Engine):
             graphs = steered_graphs if self.steered else batch_graphs
             settings |= chosen | {"compilation_config": graphs(sequences)}
             if current_platform.is_cuda():
-                # What launches kernels has a process of its own: it would share one interpreter with the scheduler.
-                settings |= {"worker_cls": "character.engine.worker.Worker", "distributed_executor_backend": "mp"}
+                settings |= {"worker_cls": "character.engine.worker.Worker", **launching(replicas)}
             largest = max((_size(adapter) for adapter in adapters), default=1)
             fitting = max(1, int(ADAPTERS_SHARE * memory / largest))
             slots = min(len(adapters), fitting, MAX_ADAPTERS_IN_BATCH)
@@ -475,8 +474,11 @@ class _Interrupted(BaseException):
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C end a long call that holds the event loop, which would otherwise hear of it only afterwards."""
 
+    here = os.getpid()
+
     def interrupt(*_: object) -> NoReturn:
-        raise _Interrupted
+        # vLLM's processes that are forked meanwhile know Ctrl-C by its own name.
+        raise _Interrupted if os.getpid() == here else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield

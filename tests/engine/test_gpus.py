@@ -1,10 +1,12 @@
 """How a model is laid out on GPUs, and which CUDA graphs are kept."""
 
 import itertools
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from character.engine.gpus import graph_sizes, layout, steered_graphs
+from character.engine.gpus import SHARED, graph_sizes, launching, layout, steered_graphs
 from character.utils import UserError
 
 
@@ -45,3 +47,15 @@ def test_graphs_are_of_sizes_that_fill_little_up(most: int) -> None:
     assert (sizes[0], sizes[-1]) == (1, most)
     for before, after in itertools.pairwise(sizes):
         assert after <= 2 * before and after - before <= (64 if after <= 1024 else 128)
+
+
+def test_kernels_are_launched_beside_the_scheduler_where_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * SHARED))
+    assert launching(2) == {"distributed_executor_backend": "mp"}
+    assert launching(3) == {}
+
+    def lacking(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", lacking)
+    assert launching(1) == {}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from character.engine.prefix import WORTH_A_GRAPH, SharedPrefix, can_share, cascade, shared_prefix
+from character.engine.prefix import LEAST_TOKENS, WORTH_A_GRAPH, SharedPrefix, can_share, cascade, shared_prefix
 
 BLOCK = 16
 
@@ -100,6 +100,8 @@ def test_a_large_batch_leaves_the_whole_models_graph(runner: Runner) -> None:
     enough = WORTH_A_GRAPH // (60 * BLOCK) + 1
     assert dispatch(enough, enough, 1, num_active_loras=0) is None
     assert dispatch(enough - 1, enough - 1, 1, num_active_loras=0) == 1
+    shared.scheduled = SimpleNamespace(num_common_prefix_blocks=[LEAST_TOKENS // BLOCK - 1])
+    assert dispatch(1024, 1024, 1, num_active_loras=0) == 1, "a beginning too short to be read once"
     shared.scheduled = None
     assert dispatch(enough, enough, 1, num_active_loras=0) == 1
 

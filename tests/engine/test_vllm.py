@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from character.engine import Sampling, Steering
-from character.engine.gpus import graph_sizes
+from character.engine.gpus import graph_sizes, launching
 from character.engine.steering import MARK, STEERINGS, SteeredModel, number_in
 from character.engine.vllm import (
     VLLMEngine,
@@ -379,7 +379,7 @@ def test_settings_follow_the_gpus(
     )
     assert engine.concurrency == concurrency
     assert settings["worker_cls"] == "character.engine.worker.Worker"
-    assert settings["distributed_executor_backend"] == "mp", "launches kernels beside the scheduler"
+    assert settings.items() >= launching(expected.get("data_parallel_size", 1)).items()
     compiled = vllm.AsyncEngineArgs(**settings).compilation_config
     assert compiled.cudagraph_capture_sizes == graph_sizes(2 * expected["max_num_seqs"])
 

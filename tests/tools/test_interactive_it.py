@@ -381,6 +381,14 @@ def test_ctrl_c_stops_a_reply_and_what_is_typed_meanwhile_waits(chat: Callable[.
         terminal.say("Third", "heard 5: Third")
 
 
+def test_told_to_end_at_its_prompt_it_ends(chat: Callable[..., Terminal]) -> None:
+    with Endpoint(parrot) as endpoint:
+        terminal = chat("--base-url", endpoint.url, "--model", SERVED)
+        terminal.say("First", "heard 1: First")
+        terminal.process.terminate()
+        assert terminal.ended() == 130
+
+
 def test_base_and_persona_stand_side_by_side(chat: Callable[..., Terminal], tmp_path: Path) -> None:
     names = (SERVED, "demo-3b-personas--humor", "demo-3b-personas--remorse")
     with Endpoint(parrot, names) as endpoint:
