@@ -115,7 +115,7 @@ def run(main: Callable[[T], None], args_class: type[T], description: str | None 
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(interrupted())
+        sys.exit(say_interrupted())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -127,7 +127,7 @@ def run(main: Callable[[T], None], args_class: type[T], description: str | None 
         sys.exit(_fail(f"{error.filename}: {error.strerror}; free the disk or choose another folder in .env", 2))
 
 
-def interrupted() -> int:
+def say_interrupted() -> int:
     """Say that a command was interrupted; its exit code."""
     return _fail("interrupted; finished rows are kept, run the same command to go on", 130)
 

@@ -347,7 +347,7 @@ def run_together(steps: list[tuple[str, Step]], output: str | None) -> None:
         _run_each(steps, output)
     except KeyboardInterrupt:
         # Between two steps.
-        sys.exit(cli.interrupted())
+        sys.exit(cli.say_interrupted())
 
 
 def _run_each(steps: list[tuple[str, Step]], output: str | None) -> None:
