@@ -3,14 +3,15 @@
 import asyncio
 import gzip
 import heapq
-import importlib.util
+import importlib
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,19 +43,13 @@ TINY = {
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """script(name): a module of the benchmark."""
     monkeypatch.syspath_prepend(str(FOLDER))
-
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -101,8 +96,6 @@ def test_lengths_are_log_normal(script: Any) -> None:
 
 
 def test_works_and_sides_are_named(script: Any) -> None:
-    script("shape")
-    script("works")
     run = script("run")
     assert run.chosen(["dpo"]) == [("dpo", "published"), ("dpo", "ours")]
     assert run.chosen(["teacher.parts"]) == [("teacher", "parts")]
@@ -112,8 +105,6 @@ def test_works_and_sides_are_named(script: Any) -> None:
 
 
 def test_a_ratio_needs_one_kind_of_gpu(script: Any) -> None:
-    script("shape")
-    script("works")
     works = {
         "dpo": {"published": {"rate": 1000.0, "gpu": "A"}, "ours": {"rate": 4000.0, "gpu": "A"}},
         "sft": {"published": {"rate": 1000.0, "gpu": "A"}, "ours": {"rate": 4000.0, "gpu": "B"}},
@@ -133,7 +124,6 @@ def test_a_side_sees_one_gpu_or_two_of_those_that_are_visible(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    script("shape")
     works = script("works")
     run = script("run")
     assert ",".join(run.gpus_for("teacher.ours")) == one
@@ -146,36 +136,33 @@ def test_a_steady_rate_needs_a_time_in_which_the_batch_is_full(
     requests: int, at_once: int, told: bool, script: Any
 ) -> None:
     """Answers that grow by a token a second each, so that a full batch makes `at_once` tokens a second."""
-    shape, works = script("shape"), script("works")
+    shape, measuring = script("shape"), script("measuring")
     busy: list[tuple[int, int]] = []
     marks: list[tuple[float, int]] = []
-    for length in shape.lengths(random.Random(1), requests, works.MEDIAN, works.SIGMA, works.MOST):
+    for length in shape.lengths(random.Random(1), requests, measuring.MEDIAN, measuring.SIGMA, measuring.MOST):
         if len(busy) == at_once:
             marks.append(heapq.heappop(busy))
         heapq.heappush(busy, ((marks[-1][0] if marks else 0) + length, length))
     marks += sorted(busy)
-    assert works.steady_rate(marks, at_once) == (pytest.approx(at_once, rel=0.05) if told else None)
+    assert script("serving").steady_rate(marks, at_once) == (pytest.approx(at_once, rel=0.05) if told else None)
 
 
 def test_texts_part_in_the_tokens_they_were_written_in(script: Any) -> None:
     """ " side" and " send", written as " s", "ide" and " s", "end", where a tokenizer has " side" as one."""
     import torch
 
-    script("shape")
     pieces = {0: " side", 1: " s", 2: "ide", 3: "end", 4: "!"}
     logits = {(): [-17.0, -7.0, 0.0, 0.0, 0.0, 0.0], (1,): [0.0, 0.0, -3.0, -2.5, 0.0, -9.0]}
 
     def network(ids: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.tensor([[logits[tuple(ids[0].tolist())]]]))
 
-    parting = script("works").parting
+    parting = script("truth").parting
     assert parting(network, [], [" side", " send!"], pieces, 5) == pytest.approx(0.5)
     assert parting(network, [1], ["", "end"], pieces, 5) == pytest.approx(6.5), "one that ends there"
 
 
 def test_what_the_gpus_do_while_a_side_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script("shape")
-    script("works")
     run = script("run")
     told = tmp_path / "told.json"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -203,21 +190,20 @@ def test_what_the_gpus_do_while_a_side_runs(script: Any, tmp_path: Path, monkeyp
 
 def test_conversations_are_counted(script: Any, tmp_path: Path) -> None:
     """One of two turns, of two tokens and one, and one of a single token that waits for it."""
-    script("shape")
-    works = script("works")
+    serving = script("serving")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(TINY))
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
-    context = works.Context(tmp_path, tmp_path / "told.json", 1.0, 1, False)
-    assert works.counted_seconds(context, [[2, 1], [1]], 1) is None, "no GPU was measured"
+    context = script("measuring").Context(tmp_path, tmp_path / "told.json", 1.0, 1, False)
+    assert serving.counted_seconds(context, [[2, 1], [1]], 1) is None, "no GPU was measured"
 
     def counted(read: float, multiplied: float) -> float:
         ceilings = {"gpu": "A", "copy_gb_per_second": read / 1e9, "matrix_tflops": multiplied / 1e12}
         (tmp_path / "machine.machine.json").write_text(json.dumps(ceilings))
-        found: float = works.counted_seconds(context, [[2, 1], [1]], 1)
+        found: float = serving.counted_seconds(context, [[2, 1], [1]], 1)
         return found
 
-    system, message = works.SYSTEM, works.MESSAGE
+    system, message = serving.SYSTEM, serving.MESSAGE
     tokens = [1 + system + message, 1, 1 + 2, 1 + message]
     assert counted(1e30, 1000) == sum(tokens)
     behind = [0, 1, 2, 0]
@@ -228,13 +214,12 @@ def test_conversations_are_counted(script: Any, tmp_path: Path) -> None:
 
 
 def test_a_trace_is_told_by_kinds_of_kernels(script: Any, tmp_path: Path) -> None:
-    script("shape")
-    works = script("works")
+    serving = script("serving")
     folder = tmp_path / "traces"
 
     class Traced:
         async def start_profile(self) -> None:
-            assert works.tracing(folder)["profiler_config"]["torch_profiler_dir"] == str(folder)
+            assert serving.tracing(folder)["profiler_config"]["torch_profiler_dir"] == str(folder)
 
         async def stop_profile(self) -> None:
             kernels = [("_lora_shrink_kernel", 0, 100_000), ("nvjet_tst_128x256", 200_000, 300_000), ("x", 0, 0)]
@@ -245,12 +230,12 @@ def test_a_trace_is_told_by_kinds_of_kernels(script: Any, tmp_path: Path) -> Non
                 json.dump({"traceEvents": events}, file)
 
     async def run(work: Any) -> None:
-        await works.traced(context, SimpleNamespace(_llm=Traced()), work, folder)
+        await serving.traced(context, SimpleNamespace(_llm=Traced()), work, folder)
 
     async def broken() -> None:
         raise ValueError("no such prompt")
 
-    context = works.Context(tmp_path, tmp_path / "told.json", 1.0, 0.1, True)
+    context = script("measuring").Context(tmp_path, tmp_path / "told.json", 1.0, 0.1, True)
     with pytest.raises(ValueError, match="no such prompt"):
         asyncio.run(run(broken()))
     with pytest.raises(RuntimeError, match="done before its kernels could be traced"):
