@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -16,6 +17,9 @@ from typing import Any, NoReturn
 import pytest
 
 from character.models import Model
+
+# In the background of a script Ctrl-C is ignored, and would be by what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONTEXT = 512
 HIDDEN = 128
