@@ -187,53 +187,62 @@ def test_a_failure_among_steps_that_share_a_process_keeps_what_is_finished(tmp_p
     assert (tmp_path / "data" / "robustness" / "pocket" / "base" / "plain" / "none.jsonl").exists()
 
 
-def working_on(folder: Path) -> list[int]:
-    """The processes whose files are in a folder."""
+def working_on(folder: Path) -> list[bytes]:
+    """The command lines of the processes whose files are in a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"DATA_PATH={folder}/data".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
+                found.append((process / "cmdline").read_bytes())
     return found
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_told_to_end_a_job_ends_its_steps_which_keep_their_rows(jobs: int, tmp_path: Path) -> None:
-    places = {"DATA_PATH": f"{tmp_path}/data", "LORA_PATH": f"{tmp_path}/loras", "FIGURE_PATH": f"{tmp_path}/figures"}
-    flags = ["--only", "teacher", "base", "--limit", "240", "--judged", "1", "--jobs", str(jobs)]
+def told_to_end(folder: Path, when: Callable[[], bool], *flags: str) -> list[str]:
+    """What a job says on standard error that is told to end as soon as `when` holds."""
+    places = {"DATA_PATH": f"{folder}/data", "LORA_PATH": f"{folder}/loras", "FIGURE_PATH": f"{folder}/figures"}
     command = [sys.executable, "-m", "character.run", "--constitution", "humor", *flags]
-    part = tmp_path / "data" / "distillation" / "humor" / "pocket.partial.jsonl"
     with subprocess.Popen(command, env=os.environ | places, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (part.exists() and part.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert working_on(tmp_path)
-        process.terminate()
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: interrupted; finished rows are kept, run the same command to go on"
-    # The process that forks steps goes a moment later.
-    deadline = time.monotonic() + 3
-    while working_on(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not working_on(tmp_path)
-    assert part.read_bytes().count(b"\n") > 8
-
-
-def test_told_to_end_while_its_first_step_starts_a_job_leaves_none(tmp_path: Path) -> None:
-    places = {"DATA_PATH": f"{tmp_path}/data", "LORA_PATH": f"{tmp_path}/loras", "FIGURE_PATH": f"{tmp_path}/figures"}
-    command = [sys.executable, "-m", "character.run", "--constitution", "humor", "--only", "teacher", "--jobs", "1"]
-    with subprocess.Popen(command, env=os.environ | places, stderr=subprocess.PIPE, text=True) as process:
-        # The second process is the one that forks steps: it has seconds of imports before it.
-        while len(working_on(tmp_path)) < 2 and process.poll() is None:
+        while not when():
+            assert process.poll() is None, "it ended by itself"
             time.sleep(0.02)
         process.terminate()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "error: interrupted; finished rows are kept, run the same command to go on\n"
-    deadline = time.monotonic() + 60
-    while working_on(tmp_path) and time.monotonic() < deadline:
+    return said.splitlines()
+
+
+def all_ended(folder: Path, seconds: float) -> bool:
+    """Whether within so many seconds no process is left whose files are in a folder."""
+    deadline = time.monotonic() + seconds
+    while working_on(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
+    return not working_on(folder)
+
+
+INTERRUPTED = "error: interrupted; finished rows are kept, run the same command to go on"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_told_to_end_a_job_ends_its_steps_which_keep_their_rows(jobs: int, tmp_path: Path) -> None:
+    part = tmp_path / "data" / "distillation" / "humor" / "pocket.partial.jsonl"
+
+    def rows() -> bool:
+        return part.exists() and part.read_bytes().count(b"\n") > 8
+
+    flags = ["--only", "teacher", "base", "--limit", "240", "--judged", "1", "--jobs", str(jobs)]
+    assert told_to_end(tmp_path, rows, *flags)[-1] == INTERRUPTED
+    # The process that forks steps goes a moment later.
+    assert all_ended(tmp_path, 3)
+    assert rows()
+
+
+def test_told_to_end_while_its_first_step_starts_a_job_leaves_none(tmp_path: Path) -> None:
+    def starting() -> bool:
+        # What forks steps has seconds of imports before it.
+        return any(b"forkserver" in command for command in working_on(tmp_path))
+
+    assert told_to_end(tmp_path, starting, "--only", "teacher", "--jobs", "1") == [INTERRUPTED]
+    assert all_ended(tmp_path, 60)
     assert not list((tmp_path / "data").rglob("*.jsonl"))
 
 
